@@ -1,0 +1,292 @@
+"""Building blocks that every script here uses: networks, LARS, batch norm across processes, images.
+
+Nothing in this file trains anything, and it imports nothing but torch. Contents:
+
+    resnet              ResNet-18 to -200 of any width, torchvision's parameter names
+    LARS                layer-wise adaptive rates, as in BYOL's and MoCo v3's or as in SimCLR's code
+    SyncBatchNorm       batch norm over all processes that also runs on a CPU
+    demo_images         the built-in data set: small generated pictures of ten shapes
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------ ResNet
+
+
+def conv(in_dim: int, out_dim: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_dim, out_dim, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ResNet-18 and -34 (He et al., arXiv:1512.03385, Fig. 5)."""
+
+    expansion = 1
+
+    def __init__(self, in_dim: int, dim: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv(in_dim, dim, 3, stride), nn.BatchNorm2d(dim)
+        self.conv2, self.bn2 = conv(dim, dim, 3), nn.BatchNorm2d(dim)
+        self.downsample = shortcut(in_dim, dim, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1: ResNet-50 and deeper. The stride is on the 3x3, as in torchvision ("v1.5")."""
+
+    expansion = 4
+
+    def __init__(self, in_dim: int, dim: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv(in_dim, dim, 1), nn.BatchNorm2d(dim)
+        self.conv2, self.bn2 = conv(dim, dim, 3, stride), nn.BatchNorm2d(dim)
+        self.conv3, self.bn3 = conv(dim, 4 * dim, 1), nn.BatchNorm2d(4 * dim)
+        self.downsample = shortcut(in_dim, 4 * dim, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+def shortcut(in_dim: int, out_dim: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_dim == out_dim:
+        return None
+    return nn.Sequential(conv(in_dim, out_dim, 1, stride), nn.BatchNorm2d(out_dim))
+
+
+class ResNet(nn.Module):
+    """Images [B, 3, S, S] -> features [B, feature_dim]: torchvision's ResNet without its fc."""
+
+    def __init__(self, block: type, blocks: tuple, width: float, small_images: bool):
+        super().__init__()
+        dim = int(64 * width)
+        if small_images:  # 3x3 stem without pooling (SimCLR, arXiv:2002.05709, App. B.9)
+            self.conv1, self.maxpool = conv(3, dim, 3), nn.Identity()
+        else:
+            self.conv1, self.maxpool = conv(3, dim, 7, stride=2), nn.MaxPool2d(3, 2, padding=1)
+        self.bn1 = nn.BatchNorm2d(dim)
+        in_dim = dim
+        for i, n in enumerate(blocks):
+            layers = []
+            for j in range(n):
+                layers.append(block(in_dim, dim * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                in_dim = dim * 2**i * block.expansion
+            self.add_module(f"layer{i + 1}", nn.Sequential(*layers))
+        self.feature_dim = in_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3))
+
+
+BLOCKS = {  # He et al., Table 1; 200: arXiv:1603.05027; 10 is ours, for the demo
+    10: (BasicBlock, (1, 1, 1, 1)), 18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)), 200: (Bottleneck, (3, 24, 36, 3)),
+}
+
+
+def resnet(depth: int, width: float = 1, *, small_images: bool = False,
+           zero_init_residual: bool = False) -> ResNet:
+    """Builds a ResNet whose state dict has torchvision's names (all but fc.*).
+
+    width multiplies every channel count and may be a fraction (0.25: a stem of 16 channels).
+    small_images: for 32 px, a 3x3 stem with stride 1 and no pooling.
+    zero_init_residual: every block starts as the identity (Goyal et al., arXiv:1706.02677, 5.1).
+    Raises ValueError for a depth that is not in BLOCKS.
+    """
+    if depth not in BLOCKS:
+        raise ValueError(f"no ResNet of depth {depth}; there are {', '.join(map(str, BLOCKS))}")
+    if int(64 * width) < 1:
+        raise ValueError(f"width {width} leaves the stem without a channel; 1/64 is the least")
+    model = ResNet(*BLOCKS[depth], width, small_images)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # as torchvision
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+            nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
+    return model
+
+
+# -------------------------------------------------------------------------------------------- LARS
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) as the SSL papers' code has it.
+
+    For a weight w (two or more dimensions) with gradient g, trust coefficient t and momentum m:
+
+        u = g + weight_decay * w                       # the decayed gradient
+        r = t * |w| / |u|                              # 1 where either norm is 0
+        lr_in_momentum=False:  b = m * b + r * u;       w = w - lr * b      (BYOL, MoCo v3)
+        lr_in_momentum=True:   b = m * b + lr * r * u;  w = w - b           (SimCLR)
+
+    The two differ only while lr changes. One-dimensional parameters (biases, norms) are neither
+    decayed nor adapted: u = g, r = 1. exclude_1d=False treats them like weights, as apex's LARC
+    does, which SimSiam's linear evaluation uses. Not this class: lightning-bolts, solo-learn and
+    lightly divide by |g| + weight_decay * |w|.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+                 trust_coefficient: float = 0.001, lr_in_momentum: bool = False,
+                 exclude_1d: bool = True):
+        super().__init__(params, dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, lr_in_momentum=lr_in_momentum,
+            trust_coefficient=trust_coefficient, exclude_1d=exclude_1d))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            adapted = [p.ndim > 1 or not group["exclude_1d"] for p in params]
+            weights = [p for p, yes in zip(params, adapted) if yes]
+            updates = [p.grad for p in params]
+            if weights:
+                u = torch._foreach_add([p.grad for p in weights], weights,
+                                       alpha=group["weight_decay"])
+                w_norm = torch.stack(torch._foreach_norm(weights))
+                u_norm = torch.stack(torch._foreach_norm(u))
+                ratio = group["trust_coefficient"] * w_norm / u_norm
+                ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, torch.ones_like(ratio))
+                torch._foreach_mul_(u, list(ratio.unbind()))
+                scaled = iter(u)
+                updates = [next(scaled) if yes else p.grad for p, yes in zip(params, adapted)]
+            in_buffer, outside = (group["lr"], 1) if group["lr_in_momentum"] else (1, group["lr"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates, alpha=in_buffer)
+            torch._foreach_add_(params, buffers, alpha=-outside)
+        return loss
+
+
+# ------------------------------------------------------------------- batch norm over all processes
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over processes; so is its gradient, for each process's loss depends on every input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return AllReduceSum.forward(ctx, grad)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch.nn.SyncBatchNorm for any device (torch's own refuses CPU tensors).
+
+    In training mode mean and variance are taken over the images of all processes, which may hold
+    different numbers of them; half-precision inputs are normalised in float32. It is written with
+    plain tensor operations, so on CUDA torch's own is the faster one.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {x.ndim}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        self._check_input_dim(x)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        dims = [d for d in range(x.ndim) if d != 1]
+        y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        count = y.new_full([1], x.numel() // x.shape[1])
+        total = AllReduceSum.apply(torch.cat([y.sum(dims), count]))
+        n = total[-1].detach()
+        mean = total[:-1] / n
+        # The second pass costs one more reduction; E[x^2] - E[x]^2 would lose digits instead.
+        y = y - mean.view(shape)
+        var = AllReduceSum.apply(y.square().sum(dims)) / n
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = self.momentum  # None means the plain average of all batches
+                momentum = 1 / self.num_batches_tracked if momentum is None else momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+                self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var), momentum)
+        y = y * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Makes every batch norm in `model` a SyncBatchNorm, in place; parameters and buffers stay."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm  # same attributes, another forward
+    return model
+
+
+# ------------------------------------------------------------------------------- the demo's images
+
+# Signed distance to the outline, negative inside, in Cartesian and polar coordinates; radius near 1.
+SHAPES = (
+    lambda x, y, r, a: r - 0.85,  # disk
+    lambda x, y, r, a: (r - 0.72).abs() - 0.2,  # ring
+    lambda x, y, r, a: torch.maximum((x.abs() - 0.5).abs() - 0.2, y.abs() - 0.9),  # two bars
+    lambda x, y, r, a: torch.maximum(x.abs() - 0.22, y.abs() - 1.0),  # bar
+    lambda x, y, r, a: torch.minimum(x.abs(), y.abs()).maximum(r - 0.78) - 0.2,  # cross
+    lambda x, y, r, a: torch.hypot(x.abs() - 0.58, y) - 0.36,  # two dots
+    lambda x, y, r, a: torch.maximum(r - 0.95, 0.72 - torch.hypot(x - 0.5, y)),  # crescent
+    lambda x, y, r, a: torch.maximum(x.abs() * 0.866 + y * 0.5, -y) - 0.5,  # triangle
+    lambda x, y, r, a: (x.abs().maximum(y.abs()) - 0.66).abs() - 0.17,  # square outline
+    lambda x, y, r, a: r - 0.6 - 0.4 * torch.cos(5 * a),  # star
+)
+
+
+def demo_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n generated images, uint8 [n, 3, 32, 32], of ten shapes, and their classes, int64 [n].
+
+    Every image holds four copies of one shape, each with its own place, size, angle and tint: the
+    shape is the one thing that two crops of an image have in common, and pixels hardly betray it.
+    Image i depends on seed and i alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand(n, 29 + 3 * 32 * 32, generator=generator)  # a row an image
+    labels = torch.arange(n) % 10
+    angle, size, cx, cy, *tint = u[:, 1:29].view(n, 7, 4, 1, 1).unbind(1)
+    size = 5 + 2.5 * size
+    grid = torch.arange(16) - 7.5
+    x, y = grid + 4 * cx - 2, grid[:, None] + 4 * cy - 2
+    cos, sin = torch.cos(2 * math.pi * angle), torch.sin(2 * math.pi * angle)
+    x, y = (cos * x + sin * y) / size, (cos * y - sin * x) / size
+    r, a = torch.hypot(x, y), torch.atan2(y, x)
+    distance = torch.empty_like(r)
+    for k, shape in enumerate(SHAPES):
+        distance[k::10] = shape(x[k::10], y[k::10], r[k::10], a[k::10])
+    mask = (0.5 - distance * size).clamp(0, 1)
+    # Two light and two dark copies on one grey, hardly tinted: a network that could tell images
+    # apart by brightness or colour would learn these instead of the shape.
+    sign = torch.tensor([1, -1, -1, 1]) * torch.where(u[:, :1] < 0.5, -1, 1)
+    cells = (0.3 + 0.1 * torch.stack(tint, 1)) * (sign.view(n, 4, 1, 1) * mask)[:, None]
+    images = cells.view(n, 3, 2, 2, 16, 16).transpose(3, 4).reshape(n, 3, 32, 32)
+    noise = u[:, 29:].view(n, 3, 32, 32) - 0.5
+    images = (0.5 + images + 0.3 * noise).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8), labels

@@ -1,0 +1,1407 @@
+"""SimSiam: Exploring Simple Siamese Representation Learning (Chen & He, CVPR 2021).
+
+Paper: https://arxiv.org/abs/2011.10566. "Sec.", "Eq.", "Fig.", "Table" and "App." point into it;
+"authors' code" is facebookresearch/simsiam at a7bc177, of which we know the settings (this file
+is written from the paper). Algorithm 1, in the paper's letters:
+
+    x1, x2 = aug(x), aug(x)                    # two random views of a batch            [B, 3, S, S]
+    z1, z2 = f(x1), f(x2)                      # f: encoder (backbone) and projector    [B, d]
+    p1, p2 = h(z1), h(z2)                      # h: predictor                           [B, d]
+    L = D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2  # Eq. (4), where D(p, z) = -cos(p, z), Eq. (1)
+    update f and h by SGD on L                 # sg = stop-gradient: z counts as a constant
+
+No negatives, no momentum encoder: sg and h alone keep the output from collapsing (Sec. 4.1, 4.2).
+Where paper and authors' code differ, the code's settings are used, for the published numbers are
+its: output BN without scale and shift, hidden width of the projector that of the backbone, blur
+with probability 0.5, cosine decay per epoch, LARC with base lr 0.1 for the linear evaluation.
+
+Departures from the paper: bfloat16 forward pass on hardware that has it (paper: float32).
+Departures from the authors' code: lr scaled by the batch of all nodes (there: of one node);
+Gaussian blur sampled at 23 taps (there: PIL's approximation); colours in floating point (there:
+rounded to 8 bits after each operation). Paper and code report no kNN: that monitor is ours.
+
+    python simsiam.py                                             # built-in images, a minute on a CPU
+    torchrun --nproc_per_node=8 simsiam.py --data /data/imagenet  # the paper's recipe
+    python simsiam.py --data cifar10                              # App. D
+    python simsiam.py --no-stop-grad --out runs/collapse          # Fig. 2; see also --predictor, --bn
+    python simsiam.py linear --init runs/simsiam-demo/last.pt     # linear evaluation
+    python simsiam.py embed --init runs/simsiam-demo/last.pt --data FOLDER   # features of a folder
+"""
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as vision
+
+from common import BLOCKS, LARS, demo_images, resnet, synchronize_batch_norm
+
+# ----------------------------------------------------------------------------------------- recipes
+
+# Every field is also a flag (--base-lr 0.1). Sources stand as "imagenet | cifar". The demo column is
+# our choice throughout: the CIFAR recipe, made small enough for a minute on two CPU cores.
+RECIPE_NAMES = ("imagenet", "cifar", "demo")
+PRETRAIN = {
+    # ------------------------- imagenet -- cifar ------ demo
+    "arch":                   ("resnet50", "resnet18", "resnet10"),  # Sec. 3 | App. D
+    "width":                  (1.0, 1.0, 0.25),                      # channels relative to ResNet's
+    "small_images":           (False, True, True),                   # App. D: 3x3 stem, no pooling
+    "zero_init_residual":     (True, True, False),                   # App. A | our choice: as App. A
+    "projector_layers":       (3, 2, 2),                             # Sec. 3 | App. D
+    "hidden_dim":             (0, 2048, 0),         # 0: the backbone's width, authors' code; Sec. 3
+    #                        says 2048, the same for ResNet-50 | community: PatrickHua, lightly
+    "dim":                    (2048, 2048, 256),    # d. Sec. 3 | App. D
+    "predictor_dim":          (512, 512, 64),       # d / 4. Sec. 3 | community: PatrickHua, lightly
+    # ------------------------- optimisation
+    "epochs":                 (100, 800, 9),        # Sec. 3 | App. D
+    "batch_size":             (512, 512, 32),       # all processes together. Sec. 3 | App. D
+    "base_lr":                (0.05, 0.03, 0.48),   # lr = base_lr * batch_size / 256. Sec. 3 | App. D
+    "warmup_epochs":          (0, 0, 0),            # Sec. 4.3: 10 from batch 1024 on; 4.4: --bn none
+    "momentum":               (0.9, 0.9, 0.9),      # Sec. 3 | App. D
+    "weight_decay":           (1e-4, 5e-4, 5e-4),   # on BN and biases too. App. A | App. D
+    "precision":              ("auto", "auto", "auto"),  # auto: bf16 where native, else fp32: ours
+    # ------------------------- augmentation, the same for both views
+    "image_size":             (224, 32, 32),        # pixels. App. A | App. D
+    "crop_min":               (0.2, 0.2, 0.4),      # least share of the area. App. A | App. D
+    "jitter":                 ((0.4, 0.4, 0.4, 0.1),) * 3,  # brightness .. hue. App. A | App. D
+    "jitter_prob":            (0.8, 0.8, 0.8),      # App. A | App. D
+    "gray_prob":              (0.2, 0.2, 0.2),      # App. A | App. D
+    "blur_prob":              (0.5, 0.0, 0.0),      # authors' code | App. D: no blur
+    "mean":                   ((0.485, 0.456, 0.406), (0.4914, 0.4822, 0.4465), (0.5, 0.5, 0.5)),
+    "std":                    ((0.229, 0.224, 0.225), (0.2470, 0.2435, 0.2616), (0.25, 0.25, 0.25)),
+    #                        mean and std: authors' code | community: solo-learn (the sets' own)
+    # ------------------------- ablations
+    "stop_grad":              (True, True, True),                    # Sec. 4.1, Fig. 2
+    "predictor":              ("mlp", "mlp", "mlp"),                 # Table 1: none, frozen
+    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c); authors' command
+    "bn":                     ("default", "default", "default"),     # Table 3: none, hidden, all
+    "similarity":             ("cosine", "cosine", "cosine"),        # Sec. 4.5: cross-entropy
+    "symmetric":              (True, True, True),                    # Sec. 4.6
+    # ------------------------- kNN monitor. community: PatrickHua, lightly
+    "knn_k":                  (200, 200, 200),
+    "knn_temperature":        (0.1, 0.1, 0.1),
+}
+LINEAR = {
+    # ------------------------- imagenet -- cifar --- demo     authors' code | community: PatrickHua
+    "optimizer":              ("larc", "sgd", "sgd"),   # larc: trust ratio for the bias too
+    "base_lr":                (0.1, 30.0, 30.0),        # App. A: .02, which gives less in PyTorch
+    "epochs":                 (90, 100, 10),
+    "batch_size":             (4096, 256, 256),
+    "momentum":               (0.9, 0.9, 0.9),
+    "weight_decay":           (0.0, 0.0, 0.0),
+    "crop_min":               (0.08, 0.08, 0.4),        # torchvision's default
+    "precision":              ("auto", "auto", "auto"),
+}
+TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "embed": {"precision": ("auto", "auto", "auto")}}
+CHOICES = {
+    "arch": tuple(f"resnet{depth}" for depth in BLOCKS),
+    "predictor": ("mlp", "none", "frozen"),
+    "predictor_lr": ("constant", "decay"),
+    "bn": ("none", "hidden", "default", "all"),
+    "similarity": ("cosine", "cross-entropy"),
+    "optimizer": ("larc", "sgd"),
+    "precision": ("auto", "bf16", "fp32", "fp64"),
+}
+ENCODER = ("arch", "width", "small_images", "zero_init_residual", "image_size", "mean", "std")
+SCRIPT = "simsiam"
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+def augment(x: Tensor, u: Tensor, args) -> Tensor:
+    """Second stage of a view, on the device (App. A): colours, blur, normalisation.
+
+    x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage,
+    `first_stage` below, because its cost is the decoder's). u [B, COLOUR_DRAWS]: uniform random
+    numbers, so that every image gets its own parameters.
+    """
+    x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
+    x = grayscale(x, u[:, 9], args.gray_prob)
+    x = gaussian_blur(x, u[:, 10:12], args.blur_prob, sigma=(0.1, 2.0))  # App. A
+    return normalize(x, args.mean, args.std)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def build_encoder(args) -> nn.Module:
+    """Images [B, 3, S, S] -> features [B, feature_dim]: f without its projector; what one keeps."""
+    return resnet(int(args.arch.removeprefix("resnet")), args.width,
+                  small_images=args.small_images,
+                  zero_init_residual=args.zero_init_residual)
+
+
+def fc(in_dim: int, out_dim: int, bn: bool, relu: bool = True) -> list[nn.Module]:
+    """A hidden layer of a head. With BN the fc has no bias, for BN would cancel it."""
+    norm = [nn.BatchNorm1d(out_dim)] if bn else []
+    return [nn.Linear(in_dim, out_dim, bias=not bn), *norm, nn.ReLU(inplace=True)]
+
+
+class SimSiam(nn.Module):
+    """f = projector(encoder(.)) and h = predictor(.) of Algorithm 1 (Sec. 3).
+
+    encoder maps images [B, 3, S, S] to [B, encoder.feature_dim]. bn is a row of Table 3; predictor
+    "none" or "frozen" (at its random initialisation) one of Table 1 (a) and (b).
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int = 2048, predictor_dim: int = 512,
+                 hidden_dim: int = 0, projector_layers: int = 3, bn: str = "default",
+                 predictor: str = "mlp"):
+        super().__init__()
+        self.encoder = encoder
+        width, hidden_dim = encoder.feature_dim, hidden_dim or encoder.feature_dim
+        hidden = []
+        for _ in range(projector_layers - 1):
+            hidden += fc(width, hidden_dim, bn=bn != "none")
+            width = hidden_dim
+        output = nn.Linear(width, dim)
+        self.projector = nn.Sequential(*hidden, output)
+        if bn in ("default", "all"):
+            # No scale and shift (authors' code; with them the accuracy is the same, Sec. 4.4). The
+            # bias before it would be cancelled: frozen, but kept, as in the authors' checkpoints.
+            self.projector.append(nn.BatchNorm1d(dim, affine=False))
+            output.bias.requires_grad_(False)
+        self.predictor = nn.Identity()
+        if predictor != "none":  # a bottleneck; no BN or ReLU at its output (Sec. 3)
+            layers = [*fc(dim, predictor_dim, bn=bn != "none"), nn.Linear(predictor_dim, dim)]
+            self.predictor = nn.Sequential(*layers, *([nn.BatchNorm1d(dim)] if bn == "all" else []))
+        self.predictor.requires_grad_(predictor == "mlp")
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Two views [B, 3, S, S] -> p1, p2, z1, z2, each [B, d]."""
+        # One pass per view, not one over both: each has its own BN statistics (authors' code).
+        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        return self.predictor(z1), self.predictor(z2), z1, z2
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+
+def distance(p: Tensor, z: Tensor, similarity: str = "cosine") -> Tensor:
+    """D(p, z), batch mean: -cos(p, z), Eq. (1), or the cross-entropy of Sec. 4.5. [B, d] -> []."""
+    p, z = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (p, z))
+    if similarity == "cosine":
+        return -F.cosine_similarity(p, z, dim=1).mean()
+    return -(F.softmax(z, dim=1) * F.log_softmax(p, dim=1)).sum(dim=1).mean()
+
+
+def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, similarity: str = "cosine",
+                 symmetric: bool = True, stop_grad: bool = True) -> Tensor:
+    """L, Eq. (4), of this process's images; the mean over processes is the global batch's.
+
+    p1, p2, z1, z2 [B, d] -> [], in float32 at least. With the cosine in [-1, 1]: 0 at random, -1
+    when each prediction points at its target. symmetric=False keeps D(p1, z2) alone (Sec. 4.6).
+    """
+    if stop_grad:
+        z1, z2 = z1.detach(), z2.detach()  # Eq. (3): without it the output collapses (Sec. 4.1)
+    loss = distance(p1, z2, similarity)
+    return (loss + distance(p2, z1, similarity)) / 2 if symmetric else loss
+
+
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): Fig. 2, middle. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z[:512].double().cpu() if z.device.type == "mps" else z[:512].double()  # 512: ours, speed
+    z = z - z.mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def build_optimizer(model: SimSiam, args) -> torch.optim.SGD:
+    """SGD, weight decay on everything (App. A); h apart, for its lr need not decay (Table 1 (c))."""
+    f = [*model.encoder.parameters(), *model.projector.parameters()]
+    groups = [{"params": [p for p in f if p.requires_grad], "decay": True}]
+    if args.predictor == "mlp":
+        h = [*model.predictor.parameters()]
+        groups.append({"params": h, "decay": args.predictor_lr == "decay"})
+    return torch.optim.SGD(groups, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay,
+                           fused=args.device.type in ("cpu", "cuda"))
+
+
+def cosine_decay(epoch: float, args) -> float:
+    """The lr as a share of its start: a half cosine, constant within an epoch (authors' code).
+
+    A warm-up, where asked for, grows step by step to the full lr, from which the cosine falls over
+    the epochs left. So the last epoch is not at 0: Sec. 3 and the authors' code alike.
+    """
+    if epoch < args.warmup_epochs:
+        return epoch / args.warmup_epochs
+    progress = (int(epoch) - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, args):
+    """One iteration of Algorithm 1. x1, x2 [B, 3, S, S]; epoch: passes over the data so far, a
+    fraction within one. Returns the loss [] and z1 [B, d] for the monitors, both detached."""
+    lr = args.base_lr * args.batch_size / 256  # Sec. 3: linear scaling, of the global batch
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (cosine_decay(epoch, args) if group["decay"] else 1.0)
+    with autocast(args):
+        p1, p2, z1, z2 = model(x1, x2)
+    loss = simsiam_loss(p1, p2, z1, z2, similarity=args.similarity, symmetric=args.symmetric,
+                        stop_grad=args.stop_grad)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), z1.detach()
+
+
+def official_names(state: dict) -> dict:
+    """The authors' names in ours: module.encoder.* is the backbone and, as fc.*, the projector; in
+    their linear checkpoints module.* has torchvision's names."""
+    if any(name.startswith("module.encoder.") for name in state):
+        return {name.removeprefix("module.").replace("encoder.fc.", "projector."): x
+                for name, x in state.items()}
+    return {"encoder." + name.removeprefix("module."): x for name, x in state.items()
+            if not name.startswith("module.fc.")}
+
+
+def pretrain(args) -> None:
+    """Algorithm 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    model = SimSiam(build_encoder(args), args.dim, args.predictor_dim, args.hidden_dim,
+                    args.projector_layers, args.bn, args.predictor)
+    net = prepare(model, args)
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+
+    def step(batch, epoch):
+        x1, x2 = augment(batch.crops, batch.colours, args).chunk(2)
+        return train_step(net, optimizer, x1, x2, epoch, args)
+
+    def monitor(z):
+        z = all_gather(z)
+        return {"std": feature_std(z), "rank": effective_rank(z)}
+
+    run.save_views(data.train, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, views=2,
+        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
+
+# ==================================================================================================
+# Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------ command line
+
+
+class UserError(Exception):
+    """A mistake of the user's: ends the program with one sentence and exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "weight_decay", "hidden_dim",
+               "jitter", "mean", "jitter_prob", "gray_prob", "blur_prob", "knn_every", "save_every",
+               "keep_every", "steps"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over recipe: every field of the stage's table, and what is not about the method."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("stage", nargs="?", default="pretrain", metavar="|".join(TABLES))
+    add("--data", default="demo", metavar="NAME|FOLDER",
+        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a folder "
+             "per class, or any tree of images without labels")
+    add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
+    add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
+    add("--out", help="run folder (default: runs/<script>-<data>)")
+    add("--init", help="initial weights: last.pt or encoder.pt of a run, or an official checkpoint")
+    add("--fresh", action="store_true", help="start over, though --out holds a run")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    add("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
+    add("--accumulate", type=int, default=1, help="split each batch into so many parts")
+    add("--log-every", type=int, default=50, help="steps (default: 50)")
+    add("--knn-every", type=int, default=1, help="epochs (default: 1); 0: never")
+    add("--save-every", type=float, default=10, help="minutes (default: 10) and every epoch's end")
+    add("--keep-every", type=int, default=0, help="epochs between checkpoints kept (default: none)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--tensorboard", action="store_true", help="write event files too")
+    group = parser.add_argument_group("recipe: one flag a field; see the tables in the script")
+    names = [*dict.fromkeys(name for table in TABLES.values() for name in table)]
+    for name in names:
+        default = next(table[name][0] for table in TABLES.values() if name in table)
+        flag = "--" + name.replace("_", "-")
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction)
+        elif isinstance(default, tuple):
+            group.add_argument(flag, nargs=len(default), type=float, metavar="X")
+        else:
+            group.add_argument(flag, type=type(default), choices=CHOICES.get(name))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if args.stage not in TABLES:
+        parser.error(f"there is no stage {args.stage}, but {', '.join(TABLES)}")
+
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, (int, float)) and not isinstance(x, bool):
+                share = name.endswith("_prob") or name in ("crop_min", "momentum")
+                if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
+                    wanted = "in [0, 1]" if share else "positive"
+                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {wanted}")
+    sets = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
+    args.recipe = args.recipe or sets.get(args.data, RECIPE_NAMES[0])
+    column = RECIPE_NAMES.index(args.recipe)
+    fields = {name: PRETRAIN[name][column] for name in ENCODER}
+    fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
+    if args.data == "stl10":
+        fields["image_size"] = 96  # its size
+    args.given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    for name in names:
+        delattr(args, name)
+    for name in args.given.keys() - fields.keys():
+        raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
+    args.fields = sorted(fields)
+    vars(args).update(fields | args.given)
+
+    if 64 * args.width < 1:
+        raise UserError(f"--width {args.width} leaves the stem without a channel: 1/64 is the least")
+    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+    if args.stage != "pretrain" and not args.init:
+        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, or an official "
+                        "checkpoint")
+    if args.stage == "pretrain" and args.accumulate > 1:
+        raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
+                        "take a smaller --batch-size or more processes")
+    args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
+                                        + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+    return args
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(args) -> None:
+    """Picks the device, joins torchrun's process group, seeds, reads --init."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    args.device = args.device or next(name for name, there in available.items() if there)
+    if not available[args.device]:
+        raise UserError(f"--device {args.device}: torch sees none here; leave the flag out")
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs here")
+        args.device = torch.device("cuda", local)
+        torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:
+        # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    if args.device.type == "mps" and world_size() > 1:
+        raise UserError("--device mps runs one process; take --device cpu for several")
+    if getattr(args, "batch_size", 0) % world_size():
+        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
+                        f"of the {world_size()} processes")
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
+    args.initial = read_init(args) if args.init else None
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+
+
+def cpu_info(key: str) -> str:
+    """What Linux says of the processor: "flags" for its instruction sets, "model name"."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith(key)), "")
+    except OSError:
+        return ""
+
+
+@functools.cache
+def bf16_is_native(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = cpu_info("flags").split()
+    return device == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)
+
+
+def autocast(args):
+    """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
+    wanted = args.precision == "bf16" or args.precision == "auto" and bf16_is_native(args.device.type)
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
+
+
+@torch.no_grad()
+def all_gather(x: Tensor) -> Tensor:
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first; without gradient."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def on_rank_0(function):
+    """function() on rank 0; every process gets its result, or its UserError."""
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def say(message: str) -> None:
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def prepare(model: nn.Module, args) -> nn.Module:
+    """Loads --init into the model, moves it to the device, and returns what to call in its place:
+    over several processes it averages gradients, and its batch norms see the global batch."""
+    if args.initial:
+        load_initial(model, args)
+    model.to(args.device, args.dtype, memory_format=torch.channels_last)
+    net = model
+    if world_size() > 1:
+        cuda = args.device.type == "cuda"  # torch's SyncBatchNorm refuses CPU tensors
+        (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
+        # The buffers are batch norm's, equal in all processes as they are: nothing to broadcast.
+        net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
+                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+    if args.compile:
+        net.compile()  # in place: the names in the state dict stay
+    return net
+
+
+# -------------------------------------------------------------------------------------- randomness
+
+CROP_DRAWS, COLOUR_DRAWS = 23, 12  # uniform numbers that one view of one image takes
+
+
+def generator(*key) -> torch.Generator:
+    """A random stream that depends on nothing but its key, such as (seed, "crop", epoch, step)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def uniform(shape: tuple, *key) -> Tensor:
+    return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What step `step` sees, a function of seed and step alone, and of it this process's share.
+
+    Returns indices [b], crop draws [b, views, CROP_DRAWS], colour draws [b, views, COLOUR_DRAWS].
+    The draws are made for the global batch, so that they do not depend on the number of processes.
+    """
+    epoch, i = divmod(step, n // args.batch_size)
+    b = args.batch_size // world_size()
+    mine = slice(rank() * b, rank() * b + b)
+    index = epoch_order(args.seed, epoch, n)[i * args.batch_size:][mine]
+    crop = uniform((args.batch_size, views, CROP_DRAWS), args.seed, "crop", step)[mine]
+    colour = uniform((args.batch_size, views, COLOUR_DRAWS), args.seed, "colour", step)[mine]
+    return index, crop, colour
+
+
+# -------------------------------------------------------------------------- augmentation, operations
+
+
+def crop_boxes(u: Tensor, height: int, width: int, crop_min: float) -> tuple[Tensor, ...]:
+    """torchvision's RandomResizedCrop for many images at once: shares of the area from crop_min to
+    1, aspect ratios 3/4 to 4/3, ten tries, else the centre. u [B, CROP_DRAWS] -> top, left, height,
+    width, flipped or not; [B] each."""
+    area = height * width * (crop_min + (1 - crop_min) * u[:, 0:10])
+    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20])
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
+    first, found = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
+    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3))).long()
+    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / (3 / 4)))).long()
+    top = torch.where(found, u[:, 20] * (height - h + 1), (height - h) // 2).long()
+    left = torch.where(found, u[:, 21] * (width - w + 1), (width - w) // 2).long()
+    return top, left, h, w, u[:, 22] < 0.5
+
+
+def resample(start: Tensor, length: Tensor, in_size: int, out_size: int,
+             flip: Tensor | None = None) -> Tensor:
+    """Matrices [B, out_size, in_size] that resize pixels start .. start + length - 1 to out_size:
+    bilinear and antialiased, as torchvision's. flip [B]: mirrored where true."""
+    start, length = start[:, None, None], length[:, None, None]
+    out = torch.arange(out_size, device=start.device)[:, None]
+    if flip is not None:
+        out = torch.where(flip[:, None, None], out_size - 1 - out, out)
+    pixel = torch.arange(in_size, device=start.device)
+    scale = length / out_size
+    offset = start + (out + 0.5) * scale - (pixel + 0.5)
+    weight = (1 - offset.abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= start) & (pixel < start + length))
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
+    """Crops x [B, 3, H, W] to boxes, resized to [B, 3, size, size]: two matrix products."""
+    top, left, height, width = (box.to(x, non_blocking=True) for box in boxes[:4])
+    rows = resample(top, height, x.shape[2], size)
+    columns = resample(left, width, x.shape[3], size, boxes[4].to(x.device, non_blocking=True))
+    return rows[:, None] @ x @ columns[:, None].mT
+
+
+def gray(x: Tensor) -> Tensor:
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]  # torchvision's weights
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by a share of the circle: to HSV and back. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    r, g, b = x.unbind(dim=1)
+    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
+    c = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
+                                                           4 + (r - g) / c))  # in sixths
+    hue = (hue + 6 * shift[:, 0])[:, None]
+    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+COLOUR_OPERATIONS = (  # (x, factor) -> x: brightness, contrast, saturation, hue
+    lambda x, f: (f * x).clamp(0, 1),
+    lambda x, f: (f * x + (1 - f) * gray(x).mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1),
+    lambda x, f: (f * x + (1 - f) * gray(x)).clamp(0, 1),
+    lambda x, f: shift_hue(x, f - 1),
+)
+
+
+def chosen(mask: Tensor, x: Tensor) -> Tensor:
+    """Indices of the true places of mask, found on the CPU so that no GPU has to be waited for."""
+    return mask.nonzero()[:, 0].to(x.device, non_blocking=True)
+
+
+def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
+    """torchvision's ColorJitter with probability prob, its four operations in random order, every
+    image with its own. x [B, 3, S, S] in [0, 1]; u [B, 9]: whether, how much (4), order (4)."""
+    factor = 1 + (2 * u[:, 1:5] - 1) * torch.tensor(strength, dtype=u.dtype)
+    factor = factor.clamp(min=0).to(x)[:, :, None, None, None]
+    order = u[:, 5:9].argsort(dim=1)
+    x = x.clone()
+    for place in range(4):
+        for k, operation in enumerate(COLOUR_OPERATIONS):
+            i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
+            x[i] = operation(x[i], factor[i, k])
+    return x
+
+
+def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
+    """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
+    i = chosen(u < prob, x)
+    x[i] = gray(x[i]).expand(-1, 3, -1, -1)
+    return x
+
+
+def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
+    """Blurs each image with probability prob and its own sigma, in pixels, uniform in the range.
+
+    x [B, 3, S, S]; u [B, 2]: whether, how much. The kernel spans a tenth of the side (SimCLR,
+    arXiv:2002.05709, App. A; at 224 px: 23 taps), reflected at the border.
+    """
+    i = chosen(u[:, 0] < prob, x)
+    if len(i) == 0:
+        return x
+    half = x.shape[-1] // 20
+    s = (sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x)[i]
+    taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
+    y = x[i].flatten(0, 1)[None]  # every image and colour is a channel with a kernel of its own
+    y = F.pad(y, (half, half, half, half), mode="reflect")
+    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
+    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
+    x[i] = y[0].unflatten(0, (-1, 3))
+    return x
+
+
+def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (x - mean) / std
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Images:
+    """n images: their names, their labels if known, and their pixels if they fit in memory."""
+
+    names: np.ndarray  # [n], paths relative to root
+    labels: Tensor | None = None  # [n] int64
+    pixels: Tensor | None = None  # [n, 3, H, W] uint8, on the device
+    root: str = ""
+    total: int = 0  # n, of the whole where this is a part
+    unreadable: set[str] = field(default_factory=set)  # paths, shared by the parts
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def read(self, i: int) -> tuple[Tensor, int]:
+        """Image i as uint8 [3, H, W], and i; for an unreadable one a substitute and its index."""
+        # The substitutes are a function of i, so that every run and every process takes the same.
+        substitutes = torch.randint(len(self), [9], generator=generator("substitute", i)).tolist()
+        for j in (i, *substitutes):
+            try:
+                x = torchvision.io.decode_image(self.path(j), torchvision.io.ImageReadMode.RGB)
+            except (RuntimeError, OSError):
+                continue
+            return x if x.dtype == torch.uint8 else (x.int() >> 8).to(torch.uint8), j  # 16-bit PNG
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), -1  # report_unreadable will end the run
+
+
+def load_data(args, labels: bool = False) -> SimpleNamespace:
+    """--data as train, bank, val (Images; the last two None without labels), classes and digest.
+    labels: whether the stage needs them."""
+    if args.data == "demo":
+        train, val = (
+            Images(np.array([f"{name}/{i}" for i in range(n)]), labels, pixels.to(args.device))
+            for name, n, seed in (("train", 4000, 0), ("val", 1000, 1))
+            for pixels, labels in [demo_images(n, seed)])
+        bank, classes = train, [*"0123456789"]
+    else:
+        load = torchvision_data if args.data in ("cifar10", "cifar100", "stl10") else folder_data
+        train, bank, val, classes = load(args)
+    if labels and val is None:
+        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a folder "
+                        "per class")
+    if getattr(args, "batch_size", 0) > len(train):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
+                        f"{args.data}")
+    names = "\n".join(os.fsdecode(name) for name in train.names)
+    say(f"{args.data}: {len(train)} images, "
+        + ("on disk" if train.pixels is None else f"in memory on {args.device.type}")
+        + (f", {len(classes)} classes" if val else ", no labels: kNN off"))
+    return SimpleNamespace(train=train, bank=bank, val=val, classes=classes, digest=(
+        f"{len(train)}-{hashlib.sha256(names.encode(errors='replace')).hexdigest()[:8]}"))
+
+
+def torchvision_data(args):
+    """CIFAR-10, CIFAR-100 or STL-10; rank 0 downloads what is missing."""
+    stl = args.data == "stl10"
+    dataset = getattr(torchvision.datasets, args.data.upper())
+
+    def load(split: str, download: bool = False) -> Images:
+        how = {"split": split} if stl else {"train": split == "train"}
+        data = dataset(args.data_root, download=download, **how)
+        pixels = torch.from_numpy(data.data if stl else data.data.transpose(0, 3, 1, 2).copy())
+        names = np.array([f"{args.data}/{split}/{i}" for i in range(len(pixels))])
+        load.classes = data.classes
+        return Images(names, torch.tensor(data.labels if stl else data.targets).long(),
+                      pixels.to(args.device))
+
+    try:
+        on_rank_0(lambda: load("train", download=True) and None)
+        bank, val = load("train"), load("test")
+        train = load("train+unlabeled") if stl and args.stage == "pretrain" else bank
+    except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
+        raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
+                        f"{str(error).splitlines()[0]}") from None
+    return train, bank, val, load.classes
+
+
+def folder_data(args):
+    """train/ and val/ with a folder per class, or else every image in the tree, without labels."""
+    if not os.path.isdir(args.data):
+        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, stl10")
+    folders = [os.path.join(args.data, name) for name in ("train", "val")]
+    if not all(map(os.path.isdir, folders)):
+        return load_pixels(find_images(args.data), args), None, None, None
+    classes = sorted(entry.name for entry in os.scandir(folders[0]) if entry.is_dir())
+    if len(classes) < 2:
+        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or more; "
+                        f"for images without labels give --data {folders[0]}")
+    parts = []
+    for folder in folders:
+        images = find_images(folder)
+        names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
+        if strange := sorted(set(names) - set(classes)):
+            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders that "
+                            f"{folders[0]} has")
+        images.labels = torch.from_numpy(np.searchsorted(classes, names))
+        parts.append(load_pixels(images, args))
+    train, val = bank, _ = parts
+    if train.pixels is None:  # at most about 128,000, a tenth of ImageNet's: ours, for a monitor
+        some = slice(None, None, max(1, round(len(train) / 128_000)))
+        bank = replace(train, names=train.names[some], labels=train.labels[some])
+    return train, bank, val, classes
+
+
+def find_images(root: str) -> Images:
+    """Every JPEG, PNG and WebP file under root, at any depth, in the order of their names."""
+    names = sorted(os.path.relpath(os.path.join(folder, name), root)
+                   for folder, _, files in os.walk(root, followlinks=True) for name in files
+                   if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
+    if not names:
+        raise UserError(f"no JPEG, PNG or WebP image under {root}")
+    # Bytes in one array: a list of a million strings would be copied into every loader process.
+    return Images(np.array([os.fsencode(name) for name in names]), root=root, total=len(names))
+
+
+def load_pixels(images: Images, args) -> Images:
+    """Takes the images into memory if they have one size of at most 128 px and fit into 2 GB."""
+    n, (x, _) = len(images), images.read(0)
+    if max(x.shape) > 128 or n * x.numel() > 2e9:
+        return images
+    pixels, shown = torch.empty(n, *x.shape, dtype=torch.uint8), torch.arange(n)
+    with ThreadPoolExecutor(args.workers or 1) as pool:
+        for part in shown.clone().split(1024):
+            for i, (x, j) in zip(part, pool.map(images.read, part.tolist())):
+                if x.shape != pixels.shape[1:]:
+                    return images
+                pixels[i], shown[i] = x, j
+    report_unreadable(images, torch.arange(n), shown)
+    labels = None if images.labels is None else images.labels[shown]
+    return replace(images, pixels=pixels.to(args.device), labels=labels)
+
+
+class Stage1(Dataset):
+    """The first stage of the augmentation, in the loader's processes: decode, crop, resize, flip.
+
+    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: shorter
+    side to 8/7 of S (256 for 224 px), centre. Gives uint8 [views, 3, S, S] and the index shown.
+    """
+
+    def __init__(self, images: Images, size: int, crop_min: float):
+        self.images, self.size, self.crop_min = images, size, crop_min
+
+    def __getitem__(self, key) -> tuple[Tensor, int]:
+        x, shown = self.images.read(key[0])
+        if key[1] is None:
+            x = vision.resize(x, [round(self.size * 8 / 7)], antialias=True)
+            return vision.center_crop(x, [self.size, self.size])[None], shown
+        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min)
+        views = []
+        for *box, flip in zip(*(box.tolist() for box in boxes)):
+            view = vision.resized_crop(x, *box, [self.size, self.size], antialias=True)
+            views.append(view.flip(2) if flip else view)
+        return torch.stack(views), shown
+
+
+def ignore_signals(worker: int) -> None:
+    """Loader processes are ended by their parent, not by the signal that asks it to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def load(args, images: Images, wanted, crop_min: float = 1.0):
+    """The first stage for wanted, an iterable of (indices [b], crop draws [b, views, CROP_DRAWS] or
+    None for the test view). Yields crops [views * b, 3, S, S] in [0, 1] on the device, all images'
+    first view before the second, and the indices shown [b]: others than wanted where unreadable."""
+    size = args.image_size
+    if images.pixels is None:
+        keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
+                for index, crop in wanted)
+        for x, shown in DataLoader(Stage1(images, size, crop_min), batch_sampler=keys,
+                                   num_workers=args.workers, worker_init_fn=ignore_signals,
+                                   pin_memory=args.device.type == "cuda"):
+            x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            yield x.to(args.dtype) / 255, shown
+        return
+    height, width = images.pixels.shape[2:]
+    side = min(height, width)
+    centre = ((height - side) // 2, (width - side) // 2, side, side, False)
+    for index, crop in wanted:
+        x = images.pixels[index.to(args.device)].to(args.dtype) / 255
+        boxes = [[torch.tensor([value]).expand(len(x)) for value in centre]] if crop is None else [
+            crop_boxes(u, height, width, crop_min) for u in crop.unbind(1)]
+        yield torch.cat([resized_crop(x, box, size) for box in boxes]), index
+
+
+def batches(args, images: Images, start: int, stop: int, views: int):
+    """What the steps start .. stop - 1 need: crops and indices as from load(), and with them the
+    colour draws [views * b, COLOUR_DRAWS] for the second stage."""
+    drawn, again = itertools.tee(draw_step(args, len(images), step, views)
+                                 for step in range(start, stop))
+    crops = load(args, images, ((index, crop) for index, crop, _ in again), args.crop_min)
+    for (x, shown), (index, _, colour) in zip(crops, drawn):
+        yield SimpleNamespace(crops=x, colours=colour.transpose(0, 1).flatten(0, 1), wanted=index,
+                              shown=shown)
+
+
+def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
+    """Names each image that could not be read, once. Every process must call it."""
+    found = [wanted[wanted != shown].tolist()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, found[0])
+    for i in sorted({i for part in found for i in part}):
+        if images.path(i) not in images.unreadable:
+            images.unreadable.add(images.path(i))
+            say(f"unreadable, another image stands in for it: {images.path(i)}")
+    if len(images.unreadable) > max(1, images.total / 100):
+        raise UserError(f"{len(images.unreadable)} images under {images.root} are unreadable, more "
+                        "than 1 %: mend or remove the files named above")
+
+
+# ------------------------------------------------------------------------------------- kNN monitor
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
+    """The encoder's output, in eval mode, for the test view of each image -> [n, feature_dim] and
+    the indices of the images shown [n], the same in every process."""
+    training = encoder.training
+    encoder.eval()
+    n = len(images)
+    # Every world_size-th image, the first ones again at the end where the others have one more.
+    mine = (torch.arange(-(-n // world_size())) * world_size() + rank()) % n
+    rows, shown = [], []
+    for x, index in load(args, images, ((part, None) for part in mine.split(256))):
+        x = normalize(x, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        with autocast(args):
+            rows.append(encoder(x).to(args.dtype))
+        shown.append(index)
+    encoder.train(training)
+    rows, shown = torch.cat(rows), torch.cat(shown)
+    report_unreadable(images, mine, shown)
+    rows, shown = (all_gather(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:n]
+                   for part in (rows, shown))
+    return rows, shown
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int,
+                 temperature: float) -> float:
+    """Share of queries whose class wins the vote of their k nearest in the bank, each neighbour's
+    vote weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978, Sec. 3.4).
+
+    bank [n, d], bank_labels [n], queries [m, d], labels [m] -> in [0, 1].
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    right = 0
+    for query, label in zip(queries.split(1024), labels.split(1024)):
+        cosine, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=query.device)
+        votes.scatter_add_(1, bank_labels[nearest], torch.exp(cosine / temperature))
+        right += (votes.argmax(dim=1) == label).sum().item()
+    return right / len(labels)
+
+
+def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
+    """kNN accuracy of the encoder's features: bank of training images, queries from val."""
+    if data.val is None or not args.knn_every or epoch % args.knn_every and epoch < args.epochs:
+        return {}
+    (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
+    labels = [images.labels[k.cpu()].to(args.device)
+              for images, k in ((data.bank, i), (data.val, j))]
+    result = {"knn": knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
+                                  args.knn_temperature)}
+    if epoch == 0:
+        say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
+            f"images, {len(queries)} queries")
+        if args.data == "demo":  # what the pixels give away without any network
+            pixels = [images.pixels.flatten(1).float() / 255 - 0.5 for images in (data.bank, data.val)]
+            result["knn_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1],
+                                                args.knn_k, args.knn_temperature)
+    return result
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+
+class Run:
+    """The run folder: lock, log.jsonl, views.png, last.pt, previous.pt, encoder.pt.
+
+    Opening it finds the checkpoint to go on from (state; None at the start) and refuses a folder
+    that another run uses, or that holds a run with other settings. Rank 0 alone writes.
+    """
+
+    def __init__(self, args, data):
+        self.args, self.board = args, None
+        self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
+                       "recipe": args.recipe, "seed": args.seed,
+                       "init": args.initial and args.initial.digest,
+                       **{name: getattr(args, name) for name in args.fields}}
+        found = on_rank_0(self.claim)
+        self.state = load_file(found, args.device) if found else None
+        self.start = self.state["step"] if self.state else 0  # the step to do next
+        on_rank_0(self.open_log)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.args.out, name)
+
+    def claim(self) -> str | None:
+        """Locks the folder and looks for a checkpoint of this very run."""
+        try:
+            os.makedirs(self.args.out, exist_ok=True)
+            self.lock = open(self.path("lock"), "w")
+        except OSError as error:
+            raise UserError(f"--out {self.args.out}: {error.strerror}") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
+        except OSError:
+            raise UserError(f"another run is at work in {self.args.out}: give another --out") from None
+        if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for name in ("last.pt", "previous.pt", "log.jsonl"):
+                if os.path.exists(self.path(name)):
+                    os.remove(self.path(name))
+        last, previous = self.path("last.pt"), self.path("previous.pt")
+        for path in filter(os.path.exists, (last, previous)):
+            try:
+                config = load_file(path)["config"]
+            except (UserError, KeyError, TypeError):
+                say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
+                if path == last:  # out of the way of the next save, which moves last to previous
+                    os.replace(last, self.path("corrupt.pt"))
+                continue
+            self.compare(config)
+            return path
+        if any(map(os.path.exists, (previous, self.path("corrupt.pt")))):
+            raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
+        if os.path.exists(self.path("log.jsonl")):  # a run that ended before its first checkpoint
+            try:
+                with open(self.path("log.jsonl")) as file:
+                    self.compare(json.loads(file.readline())["config"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self.path('log.jsonl')} is not ours: give another --out") from None
+        return None
+
+    def compare(self, theirs: dict) -> None:
+        theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
+        differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
+                  if theirs.get(name) != ours.get(name) and name not in ("data", "recipe")]
+        if differ:  # "images" tells data sets apart wherever they lie
+            raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
+                            "another --out, or --fresh to start over")
+
+    def open_log(self) -> None:
+        """Cuts the log back to the checkpoint, so that no step stands in it twice."""
+        resumed = self.state and os.path.exists(self.path("log.jsonl"))
+        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
+        if resumed:
+            self.file.truncate(self.state["log_bytes"])
+            self.file.seek(0, os.SEEK_END)
+            say(f"{self.args.out}: going on from step {self.start}")
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard first") from None
+            self.board = SummaryWriter(self.args.out, purge_step=self.start)
+        git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe",
+                              "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
+        cuda = self.args.device.type == "cuda"
+        self.log(
+            **{"resumed": self.start} if resumed else {"config": self.config},
+            versions={"python": platform.python_version(), "torch": torch.__version__,
+                      "torchvision": torchvision.__version__, "numpy": np.__version__},
+            hardware=(f"{torch.cuda.get_device_name() if cuda else cpu_info('model name')}, "
+                      f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+                      f"{world_size()} processes"),
+            command=shlex.join(sys.argv), commit=git.stdout.strip() or None)
+
+    def log(self, **record) -> None:
+        """One JSON object a line; with --tensorboard its numbers are scalars too."""
+        if rank() == 0:
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
+            for name in record.keys() - {"step", "epoch"} if self.board and "step" in record else ():
+                self.board.add_scalar(name, record[name], record["step"])
+
+    def save(self, model: nn.Module, optimizer, keep: bool = False, **state) -> None:
+        """last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
+        on_rank_0(lambda: self.write(model, optimizer, keep, state))
+
+    def write(self, model: nn.Module, optimizer, keep: bool, state: dict) -> None:
+        state |= {"config": self.config, "log_bytes": self.file.tell(),
+                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        weights = {name: x.cpu().contiguous() for name, x in model.encoder.state_dict().items()}
+        about = {**{name: getattr(self.args, name) for name in ENCODER},
+                 "feature_dim": model.encoder.feature_dim}
+        try:
+            write_file(self.path("new.pt"), lambda file: torch.save(state, file))
+            if keep:
+                shutil.copy(self.path("new.pt"), self.path(f"step{state['step']}.pt"))
+            if os.path.exists(self.path("last.pt")):
+                os.replace(self.path("last.pt"), self.path("previous.pt"))
+            os.replace(self.path("new.pt"), self.path("last.pt"))
+            write_file(self.path("encoder.pt"), lambda file: torch.save(weights, file))
+            write_file(self.path("encoder.json"), lambda file: file.write(json.dumps(about).encode()))
+        except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
+            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint there "
+                            "is whole, and the same command goes on from it") from None
+
+    def save_views(self, images: Images, augmented) -> None:
+        """views.png: eight images in the test view, then two views as training sees them."""
+        if rank() == 0:
+            args = argparse.Namespace(**vars(self.args))
+            args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
+            batch = next(batches(args, images, 0, 1, views=2))
+            rows, _ = next(load(args, images, [(batch.wanted, None)]))
+            mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
+            rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
+            picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
+            torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
+            if self.board:
+                self.board.add_image("views", picture)
+
+
+def write_file(path: str, write) -> None:
+    """write(file), then waits for the disk, then renames: the file at path is never half written."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+def load_file(path: str, device="cpu"):
+    """torch.load, of tensors and plain containers alone: a pickle that would run code is refused."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path} (several hosts need a disk that all see)") from None
+    except Exception as error:  # torch.load has no error class of its own
+        raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
+                        f"values ({type(error).__name__})") from None
+
+
+def read_init(args) -> SimpleNamespace:
+    """--init as a state dict with our names, of the whole model or the encoder, and its digest.
+
+    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt; and
+    the authors' checkpoints (pre-training and linear).
+    """
+    file, settings = load_file(args.init), {}
+    if isinstance(file, dict) and {"config", "model"} <= file.keys():
+        state = file["model"]
+        settings = {name: file["config"][name] for name in ENCODER if name in file["config"]}
+    elif isinstance(file, dict) and {"arch", "state_dict"} <= file.keys():
+        state, settings = official_names(file["state_dict"]), {"arch": file["arch"]}
+    elif isinstance(file, dict) and file and all(isinstance(x, Tensor) for x in file.values()):
+        state = {f"encoder.{name}": x for name, x in file.items()}
+    else:
+        raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
+                        "official checkpoint")
+    for name, value in settings.items():
+        given = args.given.get(name, value)
+        if given != value and given != list(value if isinstance(value, tuple) else ()):
+            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
+                            "the flag out")
+        setattr(args, name, value)
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
+    return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
+
+
+def load_initial(model: nn.Module, args) -> None:
+    """Loads --init strictly: all of it if the stage is pretrain and the file has heads."""
+    state = args.initial.state
+    if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
+        model = model.encoder
+        state = {name.removeprefix("encoder."): x for name, x in state.items()
+                 if name.startswith("encoder.")}
+    own = model.state_dict()
+    wrong = [f"no {name}" for name in own.keys() - state.keys()]
+    wrong += [f"unknown {name}" for name in state.keys() - own.keys()]
+    wrong += [f"{name} of shape {[*state[name].shape]} for {[*own[name].shape]}"
+              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width {args.width:g} and "
+                        f"the other settings: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
+    model.load_state_dict(state)
+
+
+# -------------------------------------------------------------------------------------------- loop
+
+STOP = threading.Event()  # set by SIGTERM (SLURM, spot machines) and Ctrl-C: save and end
+
+
+def catch_signal(number: int, frame) -> None:
+    STOP.set()
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
+
+
+def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
+        views: int) -> None:
+    """The loop of every stage that trains.
+
+    step_function(batch, epoch) -> loss [] and what the monitor wants; monitor(that) and
+    evaluate(epoch) -> numbers for the log, the latter before the first and after each epoch. Steps
+    count from 0 over the whole run.
+    """
+    per_epoch = len(data.train) // args.batch_size  # what is left over in an epoch is dropped
+    total = args.epochs * per_epoch
+    stop = min(total, args.steps or total)
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        if run.state["finished"]:
+            return say(f"{run.path('')} is finished; --fresh starts over")
+    model.train()
+    began = saved = mark = time.time()  # mark: when the interval since the last log line began
+    waited, first, losses = 0.0, run.start, torch.zeros((), device=args.device)
+
+    def save(step, evaluated=False):
+        keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
+        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
+                 finished=evaluated and step == total)
+
+    def evaluate_at(step):
+        if record := evaluate(step // per_epoch):
+            run.log(epoch=step // per_epoch, step=step, **record)
+            say(f"epoch {step // per_epoch}/{args.epochs}  "
+                + "  ".join(f"{name} {100 * value:.1f} %" for name, value in record.items()))
+
+    if run.start % per_epoch == 0 and not (run.state and run.state["evaluated"]):
+        evaluate_at(run.start)
+        mark = time.time()
+    stream = batches(args, data.train, run.start, stop, views)
+    for step in range(run.start, stop):
+        now = time.time()
+        batch = next(stream)
+        waited += time.time() - now
+        loss, seen = step_function(batch, step / per_epoch)
+        losses += loss
+        # On the CPU, so that no GPU is waited for; summed, so that all processes take one turn.
+        stopping, bad, saving = sum_over_processes(torch.tensor(
+            [STOP.is_set(), (batch.wanted != batch.shown).sum(),
+             rank() == 0 and time.time() - saved > 60 * args.save_every])).tolist()
+        if bad:
+            report_unreadable(data.train, batch.wanted, batch.shown)
+        ended = (step + 1) % per_epoch == 0
+        saving = saving or stopping or ended or step + 1 == stop
+        if saving or step % args.log_every == 0:
+            loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
+            norms = torch.stack(torch._foreach_norm([*model.parameters()]))
+            if not (losses.isfinite() and norms.isfinite().all()):
+                raise UserError(f"loss or weights stopped being finite in the steps {first} to {step}; "
+                                f"{run.path('last.pt')} is from before, if there is one: try a lower "
+                                "--base-lr, or --precision fp32")
+            count, seconds = step + 1 - first, time.time() - mark
+            record = dict(
+                epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
+                lr=optimizer.param_groups[0]["lr"], **monitor(seen),
+                images_per_s=round(count * args.batch_size / seconds, 1),
+                data_wait=round(waited / seconds, 4), memory_gb=round(peak_memory(args.device), 3),
+                seconds=round(time.time() - began, 1))
+            run.log(**record)
+            left = int((total - step - 1) * seconds / count)
+            say("  ".join(f"{name} {value:.4g}" for name, value in record.items())
+                + f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+            if ended and waited > 0.3 * seconds and data.train.pixels is None:
+                say("a third of the time went by waiting for images: give more --workers")
+            waited, first, losses, mark = 0.0, step + 1, torch.zeros_like(loss), time.time()
+        if saving:
+            save(step + 1)
+            saved = time.time()
+        if stopping:
+            return say(f"stopped and saved after step {step}; the same command goes on")
+        if ended:
+            evaluate_at(step + 1)
+            mark = time.time()
+    save(stop, evaluated=stop % per_epoch == 0)
+    say(f"finished: {run.path('')}" if stop == total else f"paused at step {stop} of {total}")
+
+
+def peak_memory(device: torch.device) -> float:
+    """In GB: the GPU's, or else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ------------------------------------------------------------------------- linear evaluation, embed
+
+
+class LinearProbe(nn.Module):
+    """A linear classifier on the frozen encoder, whose batch norms stay in eval mode."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.fc = nn.Linear(encoder.feature_dim, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)  # MoCo, arXiv:1911.05722, code; SimSiam's too
+        nn.init.zeros_(self.fc.bias)
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.encoder(x)
+        return self.fc(h)
+
+
+def linear(args) -> None:
+    """Linear evaluation: crops and flips, cross-entropy, cosine decay per epoch."""
+    data = load_data(args, labels=True)
+    model = LinearProbe(build_encoder(args), len(data.classes))
+    net = prepare(model, args)
+    lr = args.base_lr * args.batch_size / 256
+    kind = functools.partial(LARS, exclude_1d=False) if args.optimizer == "larc" else torch.optim.SGD
+    optimizer = kind(model.fc.parameters(), lr=lr, momentum=args.momentum,
+                     weight_decay=args.weight_decay)
+    run = Run(args, data)
+    say(f"protocol: linear classifier on the frozen encoder (eval mode), {args.optimizer}, lr "
+        f"{args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, {args.epochs} epochs, crops and flips; "
+        f"top-1 of the last epoch on {len(data.val)} val images")
+    h, shown = features(model.encoder, data.val, args)  # once, for the encoder does not change
+    val_labels = data.val.labels[shown.cpu()].to(args.device)
+
+    def step(batch, epoch):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * int(epoch) / args.epochs)) / 2
+        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        labels = data.train.labels[batch.shown].to(args.device)
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=args.device, dtype=args.dtype)
+        for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
+            with autocast(args):
+                logits = net(x)
+            part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
+            part.backward()
+            loss += part.detach()
+        optimizer.step()
+        return loss, None
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        return {"top1": (model.fc(h).argmax(dim=1) == val_labels).double().mean().item()}
+
+    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
+
+
+def embed(args) -> None:
+    """features.pt: features [n, feature_dim], paths, labels (or None), classes, of every image."""
+    data = load_data(args)
+    model = nn.Module()
+    model.encoder = build_encoder(args)
+    prepare(model, args)
+    rows, paths, labels = [], [], []
+    for images in filter(None, (data.train, data.val)):
+        h, _ = features(model.encoder, images, args)
+        good = [i for i in range(len(images)) if images.path(i) not in images.unreadable]
+        rows.append(h[good].cpu())
+        paths += [images.path(i) for i in good]
+        labels += images.labels[good].tolist() if data.val else []
+    result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
+              "classes": data.classes}
+    path = os.path.join(args.out, "features.pt")
+
+    def write():
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            write_file(path, lambda file: torch.save(result, file))
+        except OSError as error:
+            raise UserError(f"could not write {path}: {error.strerror}") from None
+
+    on_rank_0(write)
+    say(f"{path}: features {[*result['features'].shape]}")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one stage; returns the exit code: 0, or 2 after one sentence about a user's mistake."""
+    STOP.clear()
+    handlers = {number: signal.signal(number, catch_signal)
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        args = parse_args(argv)
+        setup(args)
+        {"pretrain": pretrain, "linear": linear, "embed": embed}[args.stage](args)
+        return 0
+    except UserError as error:
+        if rank() == 0:
+            print(f"{SCRIPT}.py: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # torchrun ends all processes when one ends: let rank 0 speak first
+        return 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

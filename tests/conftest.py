@@ -1,0 +1,110 @@
+"""Puts the scripts on the path, and offers what several test files need."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # as in the processes that start() makes, so that results agree to the bit
+
+# A network of a few thousand parameters that trains in milliseconds a step.
+TINY = ["--recipe", "demo", "--width", "0.0625", "--dim", "16", "--predictor-dim", "8",
+        "--batch-size", "16", "--knn-every", "0", "--workers", "0"]
+
+
+def write_images(folder: Path, n: int, seed: int = 0, size=None, kind: str = "jpg") -> None:
+    """n pictures with some structure; without a size each has its own."""
+    from torchvision.io import write_jpeg, write_png
+    folder.mkdir(parents=True, exist_ok=True)
+    g = torch.Generator().manual_seed(seed)
+    for i in range(n):
+        h, w = size or (130 + int(torch.randint(40, (), generator=g)), 140 + i % 7)
+        coarse = torch.rand(1, 3, 5, 5, generator=g)
+        x = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")[0]
+        write = write_jpeg if kind == "jpg" else write_png
+        write((x * 255).to(torch.uint8), str(folder / f"{seed:02}_{i:03}.{kind}"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, or a compiler; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: pytest tests --slow"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """40 images of many sizes, nested, without labels: they go through the loader's processes."""
+    root = tmp_path_factory.mktemp("photos")
+    write_images(root / "a", 20, seed=1)
+    write_images(root / "b" / "c", 20, seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory) -> Path:
+    """train/ and val/ with three classes of 16 px images: they live in memory."""
+    root = tmp_path_factory.mktemp("classes")
+    for split, n in (("train", 16), ("val", 4)):
+        for k, name in enumerate(("ant", "bee", "cat")):
+            write_images(root / split / name, n, seed=10 * k + len(split), size=(16, 16), kind="png")
+    return root
+
+
+def start(script: str, *args, processes: int = 0, **env) -> list[subprocess.Popen]:
+    """Starts a script: plain (processes=0) or as so many ranks, as torchrun would set them up."""
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    ranks = [{}]
+    if processes:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes),
+                  "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": port} for r in range(processes)]
+    return [subprocess.Popen(command, env={**base, **r}, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True) for r in ranks]
+
+
+def finish(running: list[subprocess.Popen], timeout: float = 180) -> tuple[list[int], str]:
+    """Waits for all; their exit codes and all that they printed."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in running]
+    return [process.returncode for process in running], "".join(outputs)
+
+
+def run(script: str, *args, processes: int = 0, **env) -> str:
+    codes, output = finish(start(script, *args, processes=processes, **env))
+    assert set(codes) == {0}, output
+    return output
+
+
+def wait_for_step(log: Path, step: int, running: list[subprocess.Popen]) -> None:
+    """Until log.jsonl has a training line of this step or a later one."""
+    for _ in range(1200):
+        if log.exists() and any(f'"step": {s},' in log.read_text() for s in range(step, step + 9)):
+            return
+        assert all(process.poll() is None for process in running), finish(running)[1]
+        time.sleep(0.05)
+    raise AssertionError(f"{log} never reached step {step}")
+
+
+def send(running: list[subprocess.Popen], number: signal.Signals) -> None:
+    for process in running:
+        process.send_signal(number)
