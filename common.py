@@ -226,8 +226,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                momentum = self.momentum  # None means the plain average of all batches
-                momentum = 1 / self.num_batches_tracked if momentum is None else momentum
+                momentum = self.momentum
+                if momentum is None:  # the plain average of all batches
+                    momentum = 1 / self.num_batches_tracked.item()
                 self.running_mean.lerp_(mean.to(self.running_mean), momentum)
                 self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var), momentum)
         y = y * (var + self.eps).rsqrt().view(shape)

@@ -79,7 +79,7 @@ PRETRAIN = {
     "dim":                    (2048, 2048, 256),    # d. Sec. 3 | App. D
     "predictor_dim":          (512, 512, 64),       # d / 4. Sec. 3 | community: PatrickHua, lightly
     # ------------------------- optimisation
-    "epochs":                 (100, 800, 9),        # Sec. 3 | App. D
+    "epochs":                 (100, 800, 6),        # Sec. 3 | App. D
     "batch_size":             (512, 512, 32),       # all processes together. Sec. 3 | App. D
     "base_lr":                (0.05, 0.03, 0.48),   # lr = base_lr * batch_size / 256. Sec. 3 | App. D
     "warmup_epochs":          (0, 0, 0),            # Sec. 4.3: 10 from batch 1024 on; 4.4: --bn none
