@@ -137,9 +137,8 @@ SCRIPT = "simsiam"
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
     """Second stage of a view, on the device (App. A): colours, blur, normalisation.
 
-    x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage,
-    `first_stage` below, because its cost is the decoder's). u [B, COLOUR_DRAWS]: uniform random
-    numbers, so that every image gets its own parameters.
+    x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
+    and `resized_crop` below). u [B, COLOUR_DRAWS]: uniform random numbers, each image's own.
     """
     x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
     x = grayscale(x, u[:, 9], args.gray_prob)
@@ -241,10 +240,9 @@ def effective_rank(z: Tensor) -> float:
     The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
     (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
     """
-    z = z[:512].double().cpu() if z.device.type == "mps" else z[:512].double()  # 512: ours, speed
-    z = z - z.mean(dim=0)
+    z = z.double() - z.double().mean(dim=0)
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0)
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
     share = share / share.sum().clamp(min=1e-300)
     return torch.special.entr(share).sum().exp().item()
 
@@ -315,7 +313,7 @@ def pretrain(args) -> None:
         return train_step(net, optimizer, x1, x2, epoch, args)
 
     def monitor(z):
-        z = all_gather(z)
+        z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
         return {"std": feature_std(z), "rank": effective_rank(z)}
 
     run.save_views(data.train, lambda batch: augment(batch.crops, batch.colours, args))
@@ -666,6 +664,7 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
     i = chosen(u < prob, x)
+    x = x.clone()
     x[i] = gray(x[i]).expand(-1, 3, -1, -1)
     return x
 
@@ -687,6 +686,7 @@ def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float])
     y = F.pad(y, (half, half, half, half), mode="reflect")
     y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
     y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
+    x = x.clone()
     x[i] = y[0].unflatten(0, (-1, 3))
     return x
 

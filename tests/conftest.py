@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # as in the processes that start() makes, so that results agree to the bit
 
-# A network of a few thousand parameters that trains in milliseconds a step.
+# A network of a few thousand parameters that trains in milliseconds a step; in float32, so that
+# results do not depend on what the processor has.
 TINY = ["--recipe", "demo", "--width", "0.0625", "--dim", "16", "--predictor-dim", "8",
-        "--batch-size", "16", "--knn-every", "0", "--workers", "0"]
+        "--batch-size", "16", "--knn-every", "0", "--workers", "0", "--precision", "fp32"]
 
 
 def write_images(folder: Path, n: int, seed: int = 0, size=None, kind: str = "jpg") -> None:
