@@ -134,9 +134,9 @@ class LARS(torch.optim.Optimizer):
         lr_in_momentum=True:   b = m * b + lr * r * u;  w = w - b           (SimCLR)
 
     The two differ only while lr changes. One-dimensional parameters (biases, norms) are neither
-    decayed nor adapted: u = g, r = 1. exclude_1d=False treats them like weights, as apex's LARC
-    does, which SimSiam's linear evaluation uses. Not this class: lightning-bolts, solo-learn and
-    lightly divide by |g| + weight_decay * |w|.
+    decayed nor adapted: u = g, r = 1. exclude_1d=False treats them like weights; without weight
+    decay that is apex's LARC, which SimSiam's linear evaluation uses. With it, LARC,
+    lightning-bolts, solo-learn and lightly divide by |g| + weight_decay * |w|, and this does not.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,

@@ -29,6 +29,7 @@ rounded to 8 bits after each operation). Paper and code report no kNN: that moni
 """
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -79,7 +80,7 @@ PRETRAIN = {
     "dim":                    (2048, 2048, 256),    # d. Sec. 3 | App. D
     "predictor_dim":          (512, 512, 64),       # d / 4. Sec. 3 | community: PatrickHua, lightly
     # ------------------------- optimisation
-    "epochs":                 (100, 800, 6),        # Sec. 3 | App. D
+    "epochs":                 (100, 800, 8),        # Sec. 3 | App. D
     "batch_size":             (512, 512, 32),       # all processes together. Sec. 3 | App. D
     "base_lr":                (0.05, 0.03, 0.48),   # lr = base_lr * batch_size / 256. Sec. 3 | App. D
     "warmup_epochs":          (0, 0, 0),            # Sec. 4.3: 10 from batch 1024 on; 4.4: --bn none
@@ -95,7 +96,7 @@ PRETRAIN = {
     "blur_prob":              (0.5, 0.0, 0.0),      # authors' code | App. D: no blur
     "mean":                   ((0.485, 0.456, 0.406), (0.4914, 0.4822, 0.4465), (0.5, 0.5, 0.5)),
     "std":                    ((0.229, 0.224, 0.225), (0.2470, 0.2435, 0.2616), (0.25, 0.25, 0.25)),
-    #                        mean and std: authors' code | community: solo-learn (the sets' own)
+    #                        mean and std: authors' code | community: solo-learn (CIFAR-10's own)
     # ------------------------- ablations
     "stop_grad":              (True, True, True),                    # Sec. 4.1, Fig. 2
     "predictor":              ("mlp", "mlp", "mlp"),                 # Table 1: none, frozen
@@ -264,8 +265,8 @@ def build_optimizer(model: SimSiam, args) -> torch.optim.SGD:
 def cosine_decay(epoch: float, args) -> float:
     """The lr as a share of its start: a half cosine, constant within an epoch (authors' code).
 
-    A warm-up, where asked for, grows step by step to the full lr, from which the cosine falls over
-    the epochs left. So the last epoch is not at 0: Sec. 3 and the authors' code alike.
+    A warm-up, where asked for, grows step by step from 0 to the full lr, from which the cosine falls over
+    the epochs left. The first step of a warm-up has lr 0, and no epoch of the cosine has.
     """
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
@@ -316,7 +317,7 @@ def pretrain(args) -> None:
         z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
         return {"std": feature_std(z), "rank": effective_rank(z)}
 
-    run.save_views(data.train, lambda batch: augment(batch.crops, batch.colours, args))
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
     fit(args, run, data, model, optimizer, step, monitor, views=2,
         evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
 
@@ -370,14 +371,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("recipe: one flag a field; see the tables in the script")
     names = [*dict.fromkeys(name for table in TABLES.values() for name in table)]
     for name in names:
-        default = next(table[name][0] for table in TABLES.values() if name in table)
-        flag = "--" + name.replace("_", "-")
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction)
-        elif isinstance(default, tuple):
-            group.add_argument(flag, nargs=len(default), type=float, metavar="X")
-        else:
-            group.add_argument(flag, type=type(default), choices=CHOICES.get(name))
+        values = next(table[name] for table in TABLES.values() if name in table)
+        how = {"type": type(values[0]), "choices": CHOICES.get(name)}
+        if isinstance(values[0], bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(values[0], tuple):
+            how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
+        group.add_argument("--" + name.replace("_", "-"), default=None, **how,
+                           help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}")
@@ -389,8 +390,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if isinstance(x, (int, float)) and not isinstance(x, bool):
                 share = name.endswith("_prob") or name in ("crop_min", "momentum")
                 if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
-                    wanted = "in [0, 1]" if share else "positive"
-                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {wanted}")
+                    least = "0 or more" if name in MAY_BE_ZERO else "above 0"
+                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
+                                    + ", at most 1" * share)
     sets = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
     args.recipe = args.recipe or sets.get(args.data, RECIPE_NAMES[0])
     column = RECIPE_NAMES.index(args.recipe)
@@ -413,6 +415,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.stage != "pretrain" and not args.init:
         raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, or an official "
                         "checkpoint")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} is too large: below 2**63")
     if args.stage == "pretrain" and args.accumulate > 1:
         raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
                         "take a smaller --batch-size or more processes")
@@ -450,16 +454,18 @@ def setup(args) -> None:
     if "RANK" in os.environ:
         # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-    if args.device.type == "mps" and world_size() > 1:
-        raise UserError("--device mps runs one process; take --device cpu for several")
+    if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
+        raise UserError("--device mps takes one process and no fp64; give --device cpu")
     if getattr(args, "batch_size", 0) % world_size():
         raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
                         f"of the {world_size()} processes")
+    if args.stage == "pretrain" and args.batch_size < 2:
+        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
-    args.initial = read_init(args) if args.init else None
+    args.initial = everywhere(lambda: read_init(args)) if args.init else None
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
 
@@ -502,24 +508,32 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def everywhere(function):
+    """function() in every process: its result, or in all of them the UserError of the first that
+    has one. The function itself must not wait for other processes."""
+    result, errors = None, [None] * world_size()
+    try:
+        result = function()
+    except UserError as error:
+        errors[0] = str(error)
+    if world_size() > 1:
+        dist.all_gather_object(errors, errors[0])
+    if any(errors):
+        raise UserError(next(filter(None, errors)))
+    return result
+
+
 def on_rank_0(function):
     """function() on rank 0; every process gets its result, or its UserError."""
-    answer = [None, None]
-    if rank() == 0:
-        try:
-            answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
+    result = [everywhere(lambda: function() if rank() == 0 else None)]
     if world_size() > 1:
-        dist.broadcast_object_list(answer, device=torch.device("cpu"))
-    if answer[1]:
-        raise UserError(answer[1])
-    return answer[0]
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
 
 
 def say(message: str) -> None:
-    if rank() == 0:
-        print(message, flush=True)
+    if rank() == 0:  # file names may hold what cannot be printed
+        print(message.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def prepare(model: nn.Module, args) -> nn.Module:
@@ -532,9 +546,9 @@ def prepare(model: nn.Module, args) -> nn.Module:
     if world_size() > 1:
         cuda = args.device.type == "cuda"  # torch's SyncBatchNorm refuses CPU tensors
         (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
-        # The buffers are batch norm's, equal in all processes as they are: nothing to broadcast.
         net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
-                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+                                      gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes as they are
     if args.compile:
         net.compile()  # in place: the names in the state dict stay
     return net
@@ -721,17 +735,19 @@ class Images:
         # The substitutes are a function of i, so that every run and every process takes the same.
         substitutes = torch.randint(len(self), [9], generator=generator("substitute", i)).tolist()
         for j in (i, *substitutes):
-            try:
-                x = torchvision.io.decode_image(self.path(j), torchvision.io.ImageReadMode.RGB)
+            try:  # read as bytes, for torchvision takes no file name that is not UTF-8
+                file = torch.from_numpy(np.fromfile(os.fsencode(self.path(j)), dtype=np.uint8))
+                x = torchvision.io.decode_image(file, torchvision.io.ImageReadMode.RGB)
             except (RuntimeError, OSError):
                 continue
-            return x if x.dtype == torch.uint8 else (x.int() >> 8).to(torch.uint8), j  # 16-bit PNG
+            if x.ndim == 3:  # an animation has four dimensions
+                return x if x.dtype == torch.uint8 else (x.int() >> 8).byte(), j  # 16-bit PNG
         return torch.zeros(3, 8, 8, dtype=torch.uint8), -1  # report_unreadable will end the run
 
 
 def load_data(args, labels: bool = False) -> SimpleNamespace:
-    """--data as train, bank, val (Images; the last two None without labels), classes and digest.
-    labels: whether the stage needs them."""
+    """--data as train, bank and val (Images; the last two None without labels), classes, and a
+    digest that tells data sets apart. labels: whether the stage needs them."""
     if args.data == "demo":
         train, val = (
             Images(np.array([f"{name}/{i}" for i in range(n)]), labels, pixels.to(args.device))
@@ -740,7 +756,12 @@ def load_data(args, labels: bool = False) -> SimpleNamespace:
         bank, classes = train, [*"0123456789"]
     else:
         load = torchvision_data if args.data in ("cifar10", "cifar100", "stl10") else folder_data
-        train, bank, val, classes = load(args)
+        if load is torchvision_data:  # rank 0 downloads what is missing
+            on_rank_0(lambda: load(args, download=True) and None)
+        train, bank, val, classes = everywhere(lambda: load(args))
+        if load is folder_data:
+            train, val = (images and load_pixels(images, args) for images in (train, val))
+            bank = val and (train if train.pixels is not None else bank)
     if labels and val is None:
         raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a folder "
                         "per class")
@@ -755,55 +776,47 @@ def load_data(args, labels: bool = False) -> SimpleNamespace:
         f"{len(train)}-{hashlib.sha256(names.encode(errors='replace')).hexdigest()[:8]}"))
 
 
-def torchvision_data(args):
-    """CIFAR-10, CIFAR-100 or STL-10; rank 0 downloads what is missing."""
+def torchvision_data(args, download: bool = False):
+    """CIFAR-10, CIFAR-100 or STL-10."""
     stl = args.data == "stl10"
-    dataset = getattr(torchvision.datasets, args.data.upper())
-
-    def load(split: str, download: bool = False) -> Images:
+    parts = []
+    for split in ("train", "test", *["train+unlabeled"] * (stl and args.stage == "pretrain")):
         how = {"split": split} if stl else {"train": split == "train"}
-        data = dataset(args.data_root, download=download, **how)
+        try:
+            data = getattr(torchvision.datasets, args.data.upper())(
+                args.data_root, download=download, **how)
+        except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
+            raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
+                            f"{str(error).splitlines()[0]}") from None
         pixels = torch.from_numpy(data.data if stl else data.data.transpose(0, 3, 1, 2).copy())
         names = np.array([f"{args.data}/{split}/{i}" for i in range(len(pixels))])
-        load.classes = data.classes
-        return Images(names, torch.tensor(data.labels if stl else data.targets).long(),
-                      pixels.to(args.device))
-
-    try:
-        on_rank_0(lambda: load("train", download=True) and None)
-        bank, val = load("train"), load("test")
-        train = load("train+unlabeled") if stl and args.stage == "pretrain" else bank
-    except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
-        raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
-                        f"{str(error).splitlines()[0]}") from None
-    return train, bank, val, load.classes
+        labels = torch.tensor(data.labels if stl else data.targets).long()
+        parts.append(Images(names, labels, pixels if download else pixels.to(args.device)))
+    return parts[-1] if len(parts) > 2 else parts[0], parts[0], parts[1], data.classes
 
 
 def folder_data(args):
     """train/ and val/ with a folder per class, or else every image in the tree, without labels."""
     if not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, stl10")
+        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, "
+                        "stl10")
     folders = [os.path.join(args.data, name) for name in ("train", "val")]
     if not all(map(os.path.isdir, folders)):
-        return load_pixels(find_images(args.data), args), None, None, None
+        return find_images(args.data), None, None, None
     classes = sorted(entry.name for entry in os.scandir(folders[0]) if entry.is_dir())
     if len(classes) < 2:
-        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or more; "
-                        f"for images without labels give --data {folders[0]}")
-    parts = []
-    for folder in folders:
-        images = find_images(folder)
+        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or "
+                        f"more; for images without labels give --data {folders[0]}")
+    train, val = map(find_images, folders)
+    for folder, images in zip(folders, (train, val)):
         names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
         if strange := sorted(set(names) - set(classes)):
-            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders that "
-                            f"{folders[0]} has")
+            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
+                            f"that {folders[0]} has")
         images.labels = torch.from_numpy(np.searchsorted(classes, names))
-        parts.append(load_pixels(images, args))
-    train, val = bank, _ = parts
-    if train.pixels is None:  # at most about 128,000, a tenth of ImageNet's: ours, for a monitor
-        some = slice(None, None, max(1, round(len(train) / 128_000)))
-        bank = replace(train, names=train.names[some], labels=train.labels[some])
-    return train, bank, val, classes
+    # At most about 128,000, a tenth of ImageNet's, if they are to be read from disk: ours, for speed.
+    some = slice(None, None, max(1, round(len(train) / 128_000)))
+    return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
 
 
 def find_images(root: str) -> Images:
@@ -837,17 +850,18 @@ def load_pixels(images: Images, args) -> Images:
 class Stage1(Dataset):
     """The first stage of the augmentation, in the loader's processes: decode, crop, resize, flip.
 
-    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: shorter
-    side to 8/7 of S (256 for 224 px), centre. Gives uint8 [views, 3, S, S] and the index shown.
+    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: resized so
+    that the shorter side is margin times S, centre. Gives uint8 [views, 3, S, S] and the index
+    shown.
     """
 
-    def __init__(self, images: Images, size: int, crop_min: float):
-        self.images, self.size, self.crop_min = images, size, crop_min
+    def __init__(self, images: Images, size: int, crop_min: float, margin: float):
+        self.images, self.size, self.crop_min, self.margin = images, size, crop_min, margin
 
     def __getitem__(self, key) -> tuple[Tensor, int]:
         x, shown = self.images.read(key[0])
         if key[1] is None:
-            x = vision.resize(x, [round(self.size * 8 / 7)], antialias=True)
+            x = vision.resize(x, [round(self.size * self.margin)], antialias=True)
             return vision.center_crop(x, [self.size, self.size])[None], shown
         boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min)
         views = []
@@ -868,17 +882,18 @@ def load(args, images: Images, wanted, crop_min: float = 1.0):
     None for the test view). Yields crops [views * b, 3, S, S] in [0, 1] on the device, all images'
     first view before the second, and the indices shown [b]: others than wanted where unreadable."""
     size = args.image_size
+    margin = 1 if args.small_images else 8 / 7  # 256 for 224 px: authors' code; nothing at 32 px
     if images.pixels is None:
         keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
                 for index, crop in wanted)
-        for x, shown in DataLoader(Stage1(images, size, crop_min), batch_sampler=keys,
+        for x, shown in DataLoader(Stage1(images, size, crop_min, margin), batch_sampler=keys,
                                    num_workers=args.workers, worker_init_fn=ignore_signals,
                                    pin_memory=args.device.type == "cuda"):
             x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             yield x.to(args.dtype) / 255, shown
         return
     height, width = images.pixels.shape[2:]
-    side = min(height, width)
+    side = round(min(height, width) / margin)
     centre = ((height - side) // 2, (width - side) // 2, side, side, False)
     for index, crop in wanted:
         x = images.pixels[index.to(args.device)].to(args.dtype) / 255
@@ -907,8 +922,9 @@ def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
         if images.path(i) not in images.unreadable:
             images.unreadable.add(images.path(i))
             say(f"unreadable, another image stands in for it: {images.path(i)}")
-    if len(images.unreadable) > max(1, images.total / 100):
-        raise UserError(f"{len(images.unreadable)} images under {images.root} are unreadable, more "
+    count = len(images.unreadable)
+    if count > max(1, images.total / 100) or count >= max(1, images.total):
+        raise UserError(f"{count} images under {images.root} are unreadable, more "
                         "than 1 %: mend or remove the files named above")
 
 
@@ -950,7 +966,8 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     for query, label in zip(queries.split(1024), labels.split(1024)):
         cosine, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=query.device)
-        votes.scatter_add_(1, bank_labels[nearest], torch.exp(cosine / temperature))
+        weight = torch.exp((cosine - cosine[:, :1]) / temperature)  # the largest is 1: no overflow
+        votes.scatter_add_(1, bank_labels[nearest], weight)
         right += (votes.argmax(dim=1) == label).sum().item()
     return right / len(labels)
 
@@ -985,13 +1002,13 @@ class Run:
     """
 
     def __init__(self, args, data):
-        self.args, self.board = args, None
+        self.args, self.board, self.corrupt, self.step = args, None, False, None
         self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
                        "recipe": args.recipe, "seed": args.seed,
                        "init": args.initial and args.initial.digest,
                        **{name: getattr(args, name) for name in args.fields}}
         found = on_rank_0(self.claim)
-        self.state = load_file(found, args.device) if found else None
+        self.state = everywhere(lambda: load_file(found)) if found else None
         self.start = self.state["step"] if self.state else 0  # the step to do next
         on_rank_0(self.open_log)
 
@@ -1003,14 +1020,14 @@ class Run:
         try:
             os.makedirs(self.args.out, exist_ok=True)
             self.lock = open(self.path("lock"), "w")
-        except OSError as error:
-            raise UserError(f"--out {self.args.out}: {error.strerror}") from None
-        try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
-        except OSError:
-            raise UserError(f"another run is at work in {self.args.out}: give another --out") from None
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
+                            "another --out") from None
+        except (OSError, ValueError) as error:  # the latter: a character that no path may have
+            raise UserError(f"--out {self.args.out!r}: {error}") from None
         if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            for name in ("last.pt", "previous.pt", "log.jsonl"):
+            for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))
         last, previous = self.path("last.pt"), self.path("previous.pt")
@@ -1019,19 +1036,19 @@ class Run:
                 config = load_file(path)["config"]
             except (UserError, KeyError, TypeError):
                 say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
-                if path == last:  # out of the way of the next save, which moves last to previous
-                    os.replace(last, self.path("corrupt.pt"))
+                self.corrupt = True
                 continue
             self.compare(config)
             return path
-        if any(map(os.path.exists, (previous, self.path("corrupt.pt")))):
+        if self.corrupt:
             raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
-        if os.path.exists(self.path("log.jsonl")):  # a run that ended before its first checkpoint
+        log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
+        if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
             try:
-                with open(self.path("log.jsonl")) as file:
+                with open(log) as file:
                     self.compare(json.loads(file.readline())["config"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path('log.jsonl')} is not ours: give another --out") from None
+            except (ValueError, KeyError, TypeError, AttributeError, OSError):
+                raise UserError(f"{log} is none of ours: give another --out") from None
         return None
 
     def compare(self, theirs: dict) -> None:
@@ -1044,20 +1061,24 @@ class Run:
 
     def open_log(self) -> None:
         """Cuts the log back to the checkpoint, so that no step stands in it twice."""
-        resumed = self.state and os.path.exists(self.path("log.jsonl"))
-        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
-        if resumed:
-            self.file.truncate(self.state["log_bytes"])
-            self.file.seek(0, os.SEEK_END)
-            say(f"{self.args.out}: going on from step {self.start}")
         if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard: pip install tensorboard first") from None
             self.board = SummaryWriter(self.args.out, purge_step=self.start)
-        git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe",
-                              "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
+        resumed = self.state and os.path.exists(self.path("log.jsonl"))
+        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
+        if resumed:
+            self.file.truncate(self.state["log_bytes"])
+            self.file.seek(0, os.SEEK_END)
+            say(f"{self.args.out}: going on from step {self.start}")
+        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
+               "--dirty", "--exclude=*"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        except OSError:  # no git here
+            commit = None
         cuda = self.args.device.type == "cuda"
         self.log(
             **{"resumed": self.start} if resumed else {"config": self.config},
@@ -1066,15 +1087,21 @@ class Run:
             hardware=(f"{torch.cuda.get_device_name() if cuda else cpu_info('model name')}, "
                       f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
                       f"{world_size()} processes"),
-            command=shlex.join(sys.argv), commit=git.stdout.strip() or None)
+            command=shlex.join(sys.argv), commit=commit)
 
     def log(self, **record) -> None:
         """One JSON object a line; with --tensorboard its numbers are scalars too."""
         if rank() == 0:
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
-            for name in record.keys() - {"step", "epoch"} if self.board and "step" in record else ():
-                self.board.add_scalar(name, record[name], record["step"])
+            try:
+                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path('log.jsonl')}: {error.strerror}; the same command goes "
+                                "on from the last checkpoint") from None
+            if self.board and "step" in record:
+                for name in record.keys() - {"step", "epoch"}:
+                    self.board.add_scalar(name, record[name], record["step"])
+                self.board.flush()
 
     def save(self, model: nn.Module, optimizer, keep: bool = False, **state) -> None:
         """last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
@@ -1087,31 +1114,40 @@ class Run:
         about = {**{name: getattr(self.args, name) for name in ENCODER},
                  "feature_dim": model.encoder.feature_dim}
         try:
+            os.fsync(self.file.fileno())
+            last, older = self.path("last.pt"), "corrupt.pt" if self.corrupt else "previous.pt"
             write_file(self.path("new.pt"), lambda file: torch.save(state, file))
+            if os.path.exists(last) and self.step != state["step"]:  # else it is the same once more
+                os.replace(last, self.path(older))
+            os.replace(self.path("new.pt"), last)
+            self.corrupt, self.step = False, state["step"]
             if keep:
-                shutil.copy(self.path("new.pt"), self.path(f"step{state['step']}.pt"))
-            if os.path.exists(self.path("last.pt")):
-                os.replace(self.path("last.pt"), self.path("previous.pt"))
-            os.replace(self.path("new.pt"), self.path("last.pt"))
+                shutil.copy(last, self.path(f"step{state['step']}.pt"))
             write_file(self.path("encoder.pt"), lambda file: torch.save(weights, file))
             write_file(self.path("encoder.json"), lambda file: file.write(json.dumps(about).encode()))
-        except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
-            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint there "
-                            "is whole, and the same command goes on from it") from None
+        except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
+            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint "
+                            "there is whole, and the same command goes on from it") from None
 
-    def save_views(self, images: Images, augmented) -> None:
-        """views.png: eight images in the test view, then two views as training sees them."""
-        if rank() == 0:
-            args = argparse.Namespace(**vars(self.args))
-            args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
-            batch = next(batches(args, images, 0, 1, views=2))
+    def save_views(self, images: Images, views: int, augmented) -> None:
+        """views.png: eight images in the test view, then their views as training sees them."""
+        args = argparse.Namespace(**vars(self.args))
+        args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
+
+        def draw():
+            batch = next(batches(args, images, 0, 1, views))
             rows, _ = next(load(args, images, [(batch.wanted, None)]))
             mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
             rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
             picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
-            torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
+            try:
+                torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"could not write {self.path('views.png')}: {error}") from None
             if self.board:
                 self.board.add_image("views", picture)
+
+        on_rank_0(draw)
 
 
 def write_file(path: str, write) -> None:
@@ -1146,25 +1182,29 @@ def read_init(args) -> SimpleNamespace:
     the authors' checkpoints (pre-training and linear).
     """
     file, settings = load_file(args.init), {}
-    if isinstance(file, dict) and {"config", "model"} <= file.keys():
-        state = file["model"]
-        settings = {name: file["config"][name] for name in ENCODER if name in file["config"]}
-    elif isinstance(file, dict) and {"arch", "state_dict"} <= file.keys():
-        state, settings = official_names(file["state_dict"]), {"arch": file["arch"]}
-    elif isinstance(file, dict) and file and all(isinstance(x, Tensor) for x in file.values()):
-        state = {f"encoder.{name}": x for name, x in file.items()}
-    else:
+    try:
+        if "config" in file:
+            state = file["model"]
+            settings = {name: file["config"][name] for name in ENCODER if name in file["config"]}
+        elif "arch" in file:
+            state, settings = official_names(file["state_dict"]), {"arch": file["arch"]}
+        else:
+            state = {f"encoder.{name}": x for name, x in file.items()}
+        digest = hashlib.sha256()
+        for name in sorted(state):
+            digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
-                        "official checkpoint")
+                        "official checkpoint") from None
+    if settings.get("arch", args.arch) not in CHOICES["arch"]:
+        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does not "
+                        "build")
     for name, value in settings.items():
         given = args.given.get(name, value)
         if given != value and given != list(value if isinstance(value, tuple) else ()):
             raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
                             "the flag out")
         setattr(args, name, value)
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
     return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
 
 
@@ -1191,12 +1231,24 @@ def load_initial(model: nn.Module, args) -> None:
 STOP = threading.Event()  # set by SIGTERM (SLURM, spot machines) and Ctrl-C: save and end
 
 
-def catch_signal(number: int, frame) -> None:
-    STOP.set()
-    if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
+@contextlib.contextmanager
+def signals_caught():
+    """Within, SIGTERM and the first Ctrl-C set STOP; a second Ctrl-C means it."""
+    def catch(number, frame):
+        STOP.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    STOP.clear()
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
+@signals_caught()
 def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
         views: int) -> None:
     """The loop of every stage that trains.
@@ -1207,11 +1259,13 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
     """
     per_epoch = len(data.train) // args.batch_size  # what is left over in an epoch is dropped
     total = args.epochs * per_epoch
-    stop = min(total, args.steps or total)
+    stop = max(run.start, min(total, args.steps or total))
+    evaluated = False
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        if run.state["finished"]:
+        evaluated, run.state = run.state["evaluated"], None  # frees the memory
+        if evaluated and run.start == total:
             return say(f"{run.path('')} is finished; --fresh starts over")
     model.train()
     began = saved = mark = time.time()  # mark: when the interval since the last log line began
@@ -1219,8 +1273,7 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
 
     def save(step, evaluated=False):
         keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
-        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
-                 finished=evaluated and step == total)
+        run.save(model, optimizer, keep, step=step, evaluated=evaluated)
 
     def evaluate_at(step):
         if record := evaluate(step // per_epoch):
@@ -1228,7 +1281,7 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
             say(f"epoch {step // per_epoch}/{args.epochs}  "
                 + "  ".join(f"{name} {100 * value:.1f} %" for name, value in record.items()))
 
-    if run.start % per_epoch == 0 and not (run.state and run.state["evaluated"]):
+    if run.start % per_epoch == 0 and not evaluated:
         evaluate_at(run.start)
         mark = time.time()
     stream = batches(args, data.train, run.start, stop, views)
@@ -1324,6 +1377,7 @@ def linear(args) -> None:
     say(f"protocol: linear classifier on the frozen encoder (eval mode), {args.optimizer}, lr "
         f"{args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, {args.epochs} epochs, crops and flips; "
         f"top-1 of the last epoch on {len(data.val)} val images")
+    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
     h, shown = features(model.encoder, data.val, args)  # once, for the encoder does not change
     val_labels = data.val.labels[shown.cpu()].to(args.device)
 
@@ -1344,7 +1398,7 @@ def linear(args) -> None:
 
     @torch.no_grad()
     def evaluate(epoch):
-        return {"top1": (model.fc(h).argmax(dim=1) == val_labels).double().mean().item()}
+        return {"top1": (model.fc(h).argmax(dim=1) == val_labels).sum().item() / len(h)}
 
     fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
 
@@ -1370,8 +1424,8 @@ def embed(args) -> None:
         try:
             os.makedirs(args.out, exist_ok=True)
             write_file(path, lambda file: torch.save(result, file))
-        except OSError as error:
-            raise UserError(f"could not write {path}: {error.strerror}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"could not write {path}: {error}") from None
 
     on_rank_0(write)
     say(f"{path}: features {[*result['features'].shape]}")
@@ -1382,24 +1436,26 @@ def embed(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one stage; returns the exit code: 0, or 2 after one sentence about a user's mistake."""
-    STOP.clear()
-    handlers = {number: signal.signal(number, catch_signal)
-                for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         args = parse_args(argv)
         setup(args)
         {"pretrain": pretrain, "linear": linear, "embed": embed}[args.stage](args)
         return 0
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
         if rank() == 0:
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # torchrun ends all processes when one ends: let rank 0 speak first
+            print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all processes when one ends: let rank 0 speak first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3)
         return 2
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
+            # Gloo's thread lets go of the last collective's tensor, which takes the interpreter's
+            # lock, and destroying holds that lock while it waits for the thread: give it the time.
+            # Without this, one of five runs of two processes hung at its end (torch 2.6).
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 

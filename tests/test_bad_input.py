@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, write_images
+from PIL import Image
 
 import simsiam
 
@@ -39,6 +40,10 @@ def world(tmp_path_factory, photos, classes):
         pickle.dump(Evil(root), file)
     torch.save({"epoch": 3}, root / "other.pt")
     torch.save([1, 2], root / "list.pt")
+    torch.save({"arch": "vit_small", "state_dict": {"module.x": torch.zeros(1)}}, root / "vit.pt")
+    frames = [Image.new("RGB", (140, 140), colour) for colour in ("red", "blue")]
+    (root / "moving").mkdir()
+    frames[0].save(root / "moving" / "a.jpg", format="GIF", save_all=True, append_images=frames[1:])
     (root / "foreign").mkdir()
     (root / "foreign" / "log.jsonl").write_text("my own notes\n")
     return root
@@ -61,13 +66,14 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "misspelt data set": ("--data cifar11", "cifar11: no such folder, nor one of demo, cifar10"),
     "batch larger than the data": ("--data {c} --batch-size 64", "--batch-size 64 is more than the 48"),
     "batch of nought": ("--batch-size 0", "--batch-size 0 makes no sense"),
+    "batch of one": ("--batch-size 1", "--batch-size 1 leaves batch norm nothing"),
     "negative batch": ("--batch-size -8", "--batch-size -8 makes no sense"),
     "batch of a word": ("--batch-size many", "invalid int value: 'many'"),
     "negative learning rate": ("--base-lr -0.1", "--base-lr -0.1 makes no sense"),
     "learning rate nan": ("--base-lr nan", "--base-lr nan makes no sense"),
     "infinite weight decay": ("--weight-decay inf", "--weight-decay inf makes no sense"),
-    "probability of two": ("--blur-prob 2", "--blur-prob 2.0 makes no sense: it is in [0, 1]"),
-    "crop of nothing": ("--crop-min 0", "--crop-min 0.0 makes no sense"),
+    "probability of two": ("--blur-prob 2", "--blur-prob 2.0 makes no sense: it is 0 or more, at most 1"),
+    "crop of nothing": ("--crop-min 0", "--crop-min 0.0 makes no sense: it is above 0, at most 1"),
     "jitter of three numbers": ("--jitter 0.4 0.4 0.4", "expected 4 arguments"),
     "no epoch": ("--epochs 0", "--epochs 0 makes no sense"),
     "all warm-up": ("--warmup-epochs 9 --epochs 9", "--warmup-epochs 9 leaves none of 9 epochs"),
@@ -89,6 +95,10 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "missing checkpoint": ("linear --data {c} --init {w}/no.pt", "there is no file"),
     "truncated checkpoint": ("linear --data {c} --init {w}/truncated/last.pt", "cannot be loaded"),
     "malicious checkpoint": ("linear --data {c} --init {w}/evil.pt", "cannot be loaded"),
+    "weights of another method": ("linear --data {c} --init {w}/vit.pt",
+                                  "holds a vit_small, which simsiam.py does not build"),
+    "seed of astronomers": ("--seed 18446744073709551616", "is too large: below 2**63"),
+    "an image format that moves": ("--data {w}/moving", "1 images under"),
     "some other file": ("linear --data {c} --init {w}/other.pt", "is none of a run's last.pt"),
     "a file of a list": ("linear --data {c} --init {w}/list.pt", "is none of a run's last.pt"),
     "checkpoint of another architecture": (
@@ -106,7 +116,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "other data in --out": ("--data demo --out {w}/run", "images 48-"),
     "a file as the parent of --out": ("--data {c} --out {w}/file/run", "Not a directory"),
     "a file as --out": ("--data {c} --out {w}/file", "File exists"),
-    "somebody's own log in --out": ("--data {c} --out {w}/foreign", "log.jsonl is not ours"),
+    "somebody's own log in --out": ("--data {c} --out {w}/foreign", "log.jsonl is none of ours"),
     "embed into a file": ("embed --data {c} --init {w}/run/last.pt --out {w}/file/x",
                           "Not a directory"),
 }

@@ -50,6 +50,14 @@ def test_any_tree_of_images_is_found_and_converted(zoo, capsys):
         assert torch.equal(read[name], rgb[:1].expand(3, -1, -1)), name
 
 
+def test_a_file_name_that_is_no_utf8_is_read(tmp_path):
+    write_images(tmp_path, 3)
+    os.rename(tmp_path / "00_001.jpg", os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    images = simsiam.load_data(args_for(tmp_path, "--batch-size", "2")).train
+    assert [images.read(i)[1] for i in range(3)] == [0, 1, 2]
+    simsiam.say(images.path(2))  # and can be named
+
+
 def test_an_unreadable_image_has_one_substitute_for_ever(zoo):
     images = simsiam.load_data(args_for(zoo[0])).train
     i = [os.fsdecode(name) for name in images.names].index("b/broken.jpeg")
@@ -169,15 +177,26 @@ def test_the_loaders_processes_change_nothing(photos):
     assert len(seen.unique(dim=0)) == len(seen)  # no view twice, over epochs and images
 
 
-def test_the_test_view_is_the_centre_of_the_picture(photos, classes):
-    args = args_for(photos, "--image-size", "16")
+@pytest.mark.parametrize("flag, shorter", [("--no-small-images", 18), ("--small-images", 16)])
+def test_the_test_view_is_the_centre_on_disk_as_in_memory(flag, shorter, tmp_path):
+    write_images(tmp_path, 4, size=(144, 144))  # too large to be taken into memory
+    args = args_for(tmp_path, "--image-size", "16", flag)
     images = simsiam.load_data(args).train
     x, _ = next(simsiam.load(args, images, [(torch.tensor([3]), None)]))
     photo = torchvision.io.decode_image(images.path(3))
-    expected = torchvision.transforms.v2.functional.center_crop(
-        torchvision.transforms.v2.functional.resize(photo, [18], antialias=True), [16, 16])  # 8 / 7
+    expected = torchvision.transforms.v2.functional.center_crop(  # 18: 8 / 7 of 16
+        torchvision.transforms.v2.functional.resize(photo, [shorter], antialias=True), [16, 16])
     assert torch.equal(x[0], expected / 255)
-    args = args_for(classes, "--image-size", "16")  # at its own size: nothing is done
+    images.pixels, images.names = photo[None], images.names[3:4]
+    error = []
+    for args.small_images in (args.small_images, not args.small_images):
+        y, _ = next(simsiam.load(args, images, [(torch.tensor([0]), None)]))
+        error.append((x - y).abs().mean())
+    assert error[0] < 0.01 and error[0] < error[1] / 4  # up to the rounding to 8 bits
+
+
+def test_the_test_view_at_the_datas_own_size_is_the_image(classes):
+    args = args_for(classes, "--image-size", "16")
     images = simsiam.load_data(args).train
     x, _ = next(simsiam.load(args, images, [(torch.tensor([3]), None)]))
     assert torch.equal(x[0], images.pixels[3] / 255)
