@@ -111,8 +111,8 @@ PRETRAIN = {
 LINEAR = {
     # ------------------------- imagenet -- cifar --- demo     authors' code | community: PatrickHua
     "optimizer":              ("larc", "sgd", "sgd"),   # larc: trust ratio for the bias too
-    "base_lr":                (0.1, 30.0, 30.0),        # App. A: .02, which gives less in PyTorch
-    "epochs":                 (90, 100, 10),
+    "base_lr":                (0.1, 30.0, 3.0),         # App. A: .02, which gives less in PyTorch
+    "epochs":                 (90, 100, 30),
     "batch_size":             (4096, 256, 256),
     "momentum":               (0.9, 0.9, 0.9),
     "weight_decay":           (0.0, 0.0, 0.0),
@@ -810,9 +810,12 @@ def folder_data(args):
     train, val = map(find_images, folders)
     for folder, images in zip(folders, (train, val)):
         names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
-        if strange := sorted(set(names) - set(classes)):
+        strange = sorted(set(names) - set(classes))
+        if strange and args.stage == "embed":
+            return find_images(args.data), None, None, None
+        if strange:
             raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
-                            f"that {folders[0]} has")
+                            f"of {folders[0]}; for images without labels give --data {folder}")
         images.labels = torch.from_numpy(np.searchsorted(classes, names))
     # At most about 128,000, a tenth of ImageNet's, if they are to be read from disk: ours, for speed.
     some = slice(None, None, max(1, round(len(train) / 128_000)))

@@ -1,6 +1,7 @@
 """Weights in and out: --init, encoder.pt, the linear evaluation, embed; and every ablation flag."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,6 +149,15 @@ def test_embed_leaves_out_what_it_cannot_read(pretrained, tmp_path, capsys):
     assert [path[-10:] for path in result["paths"]] == [f"00_{i:03}.jpg" for i in (0, 1, 3, 4)]
     assert result["features"].shape == (4, 32) and result["labels"] is None
     assert "00_002.jpg" in capsys.readouterr().out
+
+
+def test_embed_takes_a_val_folder_of_other_classes_without_labels(pretrained, classes, tmp_path):
+    shutil.copytree(classes, tmp_path / "data")
+    (tmp_path / "data" / "val" / "cat").rename(tmp_path / "data" / "val" / "dog")
+    assert main("embed", "--init", pretrained / "last.pt", "--data", tmp_path / "data", "--out",
+                tmp_path / "out") == 0
+    result = torch.load(tmp_path / "out" / "features.pt")
+    assert result["labels"] is None and len(result["paths"]) == 60
 
 
 ABLATIONS = {  # flags: what in the model or the loss shows that they arrived
