@@ -107,7 +107,7 @@ def folder_loader(photos: str) -> None:
     torch.set_num_threads(1)
     args = arguments("--recipe", "imagenet", "--batch-size", "32", "--data", photos)
     images = simsiam.find_images(photos)
-    stage1 = simsiam.Stage1(images, 224, 0.2)
+    stage1 = simsiam.Stage1(images, 224, 0.2, 8 / 7)
     draws = simsiam.uniform((len(images), 2, simsiam.CROP_DRAWS), "benchmark").numpy()
     pil = pil_pipeline(224, 0.2, blur=True)
     load = datasets.folder.default_loader
