@@ -1,0 +1,75 @@
+"""README promises nothing that no log has, and shows no command that does not parse."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import simsiam
+
+README = (ROOT / "README.md").read_text()
+LOGS = sorted((ROOT / "results").glob("*.jsonl"))
+
+
+def lines(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_every_accuracy_that_is_ours_is_the_logs():
+    rows = re.findall(r"^\| (\w+).*?\| ([\d.]+) % \| ([\d.]+) % \|.*?\]\((results/[^)]+)\)", README,
+                      re.M)
+    assert len(rows) >= 4
+    for kind, first, last, log in rows:
+        values = [line["knn" if kind == "kNN" else "top1"] for line in lines(ROOT / log)
+                  if ("knn" if kind == "kNN" else "top1") in line]
+        assert first == f"{100 * values[0]:.1f}" and last == f"{100 * values[-1]:.1f}", (log, values)
+
+
+@pytest.mark.parametrize("log", LOGS, ids=lambda log: log.name)
+def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
+    first = lines(log)[0]
+    assert {"config", "versions", "hardware", "command", "commit"} <= first.keys()
+    words = shlex.split(first["command"])
+    args = simsiam.parse_args(words[1:])
+    assert words[0].endswith("simsiam.py")
+    for name in args.fields:  # a recipe that has changed since needs a new run
+        value = getattr(args, name)
+        assert first["config"][name] == (list(value) if isinstance(value, tuple) else value), name
+    assert log.name in README
+
+
+def commands():
+    text = README + simsiam.__doc__
+    found = re.findall(r"(?:python|torchrun[^\n]*?) (simsiam\.py[^\n`#]*)", text.replace("\\\n", " "))
+    return sorted({command.strip() for command in found})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_shown_parses(command):
+    script, *words = shlex.split(command)
+    assert (ROOT / script).exists()
+    simsiam.parse_args(words)
+
+
+def test_enough_commands_were_found():
+    assert len(commands()) >= 6
+
+
+def test_the_files_named_exist():
+    for name in re.findall(r"\]\(((?:results/|\w+\.py)[^)]*)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_scripts_stay_self_contained():
+    """Nothing but the standard library, torch, torchvision, numpy and common, so it can be pasted."""
+    import ast
+    import sys
+    for script, extra in (("simsiam.py", {"torch", "torchvision", "numpy", "common"}),
+                          ("common.py", {"torch"})):
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in extra | set(sys.stdlib_module_names), (script, name)
