@@ -151,7 +151,7 @@ def augment(x: Tensor, u: Tensor, args) -> Tensor:
 
 
 def build_encoder(args) -> nn.Module:
-    """Images [B, 3, S, S] -> features [B, feature_dim]: f without its projector; what one keeps."""
+    """Images [B, 3, S, S] -> features [B, feature_dim]: f without its projector, what one keeps."""
     return resnet(int(args.arch.removeprefix("resnet")), args.width,
                   small_images=args.small_images,
                   zero_init_residual=args.zero_init_residual)
@@ -1064,6 +1064,8 @@ class Run:
 
     def open_log(self) -> None:
         """Cuts the log back to the checkpoint, so that no step stands in it twice."""
+        if self.state and self.state["finished"]:
+            return
         if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1204,7 +1206,7 @@ def read_init(args) -> SimpleNamespace:
                         "build")
     for name, value in settings.items():
         given = args.given.get(name, value)
-        if given != value and given != list(value if isinstance(value, tuple) else ()):
+        if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
             raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
                             "the flag out")
         setattr(args, name, value)
@@ -1267,16 +1269,17 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
+        if run.state["finished"]:
+            return say(f"{args.out} is finished; --fresh starts over")
         evaluated, run.state = run.state["evaluated"], None  # frees the memory
-        if evaluated and run.start == total:
-            return say(f"{run.path('')} is finished; --fresh starts over")
     model.train()
     began = saved = mark = time.time()  # mark: when the interval since the last log line began
     waited, first, losses = 0.0, run.start, torch.zeros((), device=args.device)
 
     def save(step, evaluated=False):
         keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
-        run.save(model, optimizer, keep, step=step, evaluated=evaluated)
+        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
+                 finished=evaluated and step == total)
 
     def evaluate_at(step):
         if record := evaluate(step // per_epoch):
@@ -1332,7 +1335,7 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
             evaluate_at(step + 1)
             mark = time.time()
     save(stop, evaluated=stop % per_epoch == 0)
-    say(f"finished: {run.path('')}" if stop == total else f"paused at step {stop} of {total}")
+    say(f"finished: {args.out}" if stop == total else f"paused at step {stop} of {total}")
 
 
 def peak_memory(device: torch.device) -> float:

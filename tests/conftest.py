@@ -39,6 +39,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # torchvision 0.29 announces that its decoders will move to another package some day.
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding:DeprecationWarning")
     config.addinivalue_line("markers", "slow: takes minutes, or a compiler; runs with --slow")
 
 
