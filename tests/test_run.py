@@ -197,6 +197,9 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_taken(photos, whole, t
     main(*args, "--steps", 9)
     before = torch.load(tmp_path / "previous.pt")["step"]
     os.truncate(tmp_path / "last.pt", 3000)
+    main(*args, "--steps", before + 1, "--save-every", 100)  # one save: the good one is still there
+    assert torch.load(tmp_path / "previous.pt")["step"] == before
+    assert (tmp_path / "corrupt.pt").stat().st_size == 3000
     assert main(*args) == 0
     said = capsys.readouterr().out
     assert "last.pt is corrupt: taking" in said and f"going on from step {before}" in said

@@ -102,6 +102,16 @@ def test_linear_evaluation_changes_not_one_bit_of_the_encoder(optimizer, base_lr
     assert lr[0] == base_lr * 12 / 256 and lr[-1] == pytest.approx(lr[0] * 0.25)  # cos(2 pi / 3)
 
 
+def test_larc_adapts_the_bias_too_and_decays_nothing(pretrained, classes, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(simsiam, "LARS", lambda params, **settings: (
+        seen.append(settings), common.LARS(params, **settings))[1])
+    assert main("linear", "--init", pretrained / "last.pt", "--data", classes, "--recipe", "imagenet",
+                "--batch-size", 12, "--epochs", 1, "--workers", 0, "--out", tmp_path) == 0
+    lr = 0.1 * 12 / 256  # fact sheet, section 4: released settings
+    assert seen == [dict(lr=lr, momentum=0.9, weight_decay=0.0, exclude_1d=False)]
+
+
 def test_top1_is_an_exact_count(pretrained, classes, tmp_path):
     assert main("linear", "--init", pretrained / "last.pt", "--data", classes, "--recipe", "demo",
                 "--batch-size", 12, "--epochs", 2, "--workers", 0, "--precision", "fp64", "--out",
