@@ -24,7 +24,7 @@ def conv(in_dim: int, out_dim: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: ResNet-18 and -34 (He et al., arXiv:1512.03385, Fig. 5)."""
+    """Two 3x3 convolutions and a shortcut: ResNet-18, -34 (He et al., arXiv:1512.03385, Fig. 5)."""
 
     expansion = 1
 
@@ -124,7 +124,7 @@ def resnet(depth: int, width: float = 1, *, small_images: bool = False,
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888) as the SSL papers' code has it.
+    """Layer-wise adaptive rates (You et al., arXiv:1708.03888) as the SSL papers' code has them.
 
     For a weight w (two or more dimensions) with gradient g, trust coefficient t and momentum m:
 
@@ -247,7 +247,7 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
 
 # ------------------------------------------------------------------------------- the demo's images
 
-# Signed distance to the outline, negative inside, in Cartesian and polar coordinates; radius near 1.
+# Signed distance to the outline, negative inside, from Cartesian and polar coordinates.
 SHAPES = (
     lambda x, y, r, a: r - 0.85,  # disk
     lambda x, y, r, a: (r - 0.72).abs() - 0.2,  # ring

@@ -20,10 +20,10 @@ Departures from the authors' code: lr scaled by the batch of all nodes (there: o
 Gaussian blur sampled at 23 taps (there: PIL's approximation); colours in floating point (there:
 rounded to 8 bits after each operation). Paper and code report no kNN: that monitor is ours.
 
-    python simsiam.py                                             # built-in images, a minute on a CPU
+    python simsiam.py                                             # built-in images, about a minute
     torchrun --nproc_per_node=8 simsiam.py --data /data/imagenet  # the paper's recipe
     python simsiam.py --data cifar10                              # App. D
-    python simsiam.py --no-stop-grad --out runs/collapse          # Fig. 2; see also --predictor, --bn
+    python simsiam.py --no-stop-grad --out runs/collapse          # Fig. 2; also --predictor, --bn
     python simsiam.py linear --init runs/simsiam-demo/last.pt     # linear evaluation
     python simsiam.py embed --init runs/simsiam-demo/last.pt --data FOLDER   # features of a folder
 """
@@ -65,15 +65,15 @@ from common import BLOCKS, LARS, demo_images, resnet, synchronize_batch_norm
 
 # ----------------------------------------------------------------------------------------- recipes
 
-# Every field is also a flag (--base-lr 0.1). Sources stand as "imagenet | cifar". The demo column is
-# our choice throughout: the CIFAR recipe, made small enough for a minute on two CPU cores.
+# Every field is also a flag (--base-lr 0.1). Sources stand as "imagenet | cifar". The demo column
+# is our choice throughout: the CIFAR recipe, made small enough for a minute on two CPU cores.
 RECIPE_NAMES = ("imagenet", "cifar", "demo")
 PRETRAIN = {
     # ------------------------- imagenet -- cifar ------ demo
     "arch":                   ("resnet50", "resnet18", "resnet10"),  # Sec. 3 | App. D
     "width":                  (1.0, 1.0, 0.25),                      # channels relative to ResNet's
     "small_images":           (False, True, True),                   # App. D: 3x3 stem, no pooling
-    "zero_init_residual":     (True, True, False),                   # App. A | our choice: as App. A
+    "zero_init_residual":     (True, True, False),                   # App. A | ours: as App. A
     "projector_layers":       (3, 2, 2),                             # Sec. 3 | App. D
     "hidden_dim":             (0, 2048, 0),         # 0: the backbone's width, authors' code; Sec. 3
     #                        says 2048, the same for ResNet-50 | community: PatrickHua, lightly
@@ -82,8 +82,8 @@ PRETRAIN = {
     # ------------------------- optimisation
     "epochs":                 (100, 800, 8),        # Sec. 3 | App. D
     "batch_size":             (512, 512, 32),       # all processes together. Sec. 3 | App. D
-    "base_lr":                (0.05, 0.03, 0.48),   # lr = base_lr * batch_size / 256. Sec. 3 | App. D
-    "warmup_epochs":          (0, 0, 0),            # Sec. 4.3: 10 from batch 1024 on; 4.4: --bn none
+    "base_lr":                (0.05, 0.03, 0.48),   # lr: base_lr * batch_size / 256. Sec. 3 | App. D
+    "warmup_epochs":          (0, 0, 0),            # 10 from batch 1024 on: Sec. 4.3; --bn none: 4.4
     "momentum":               (0.9, 0.9, 0.9),      # Sec. 3 | App. D
     "weight_decay":           (1e-4, 5e-4, 5e-4),   # on BN and biases too. App. A | App. D
     "precision":              ("auto", "auto", "auto"),  # auto: bf16 where native, else fp32: ours
@@ -100,7 +100,7 @@ PRETRAIN = {
     # ------------------------- ablations
     "stop_grad":              (True, True, True),                    # Sec. 4.1, Fig. 2
     "predictor":              ("mlp", "mlp", "mlp"),                 # Table 1: none, frozen
-    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c); authors' command
+    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c) | our choice
     "bn":                     ("default", "default", "default"),     # Table 3: none, hidden, all
     "similarity":             ("cosine", "cosine", "cosine"),        # Sec. 4.5: cross-entropy
     "symmetric":              (True, True, True),                    # Sec. 4.6
@@ -252,7 +252,7 @@ def effective_rank(z: Tensor) -> float:
 
 
 def build_optimizer(model: SimSiam, args) -> torch.optim.SGD:
-    """SGD, weight decay on everything (App. A); h apart, for its lr need not decay (Table 1 (c))."""
+    """SGD, weight decay on everything (App. A); h apart, as its lr need not decay (Table 1 (c))."""
     f = [*model.encoder.parameters(), *model.projector.parameters()]
     groups = [{"params": [p for p in f if p.requires_grad], "decay": True}]
     if args.predictor == "mlp":
@@ -589,7 +589,7 @@ def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tens
     return index, crop, colour
 
 
-# -------------------------------------------------------------------------- augmentation, operations
+# ------------------------------------------------------------------------- augmentation, operations
 
 
 def crop_boxes(u: Tensor, height: int, width: int, crop_min: float) -> tuple[Tensor, ...]:
@@ -637,7 +637,7 @@ def gray(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle: to HSV and back. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
     r, g, b = x.unbind(dim=1)
     value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
     c = torch.where(chroma == 0, 1.0, chroma)
@@ -1156,7 +1156,7 @@ class Run:
 
 
 def write_file(path: str, write) -> None:
-    """write(file), then waits for the disk, then renames: the file at path is never half written."""
+    """write(file), waits for the disk, then renames: the file at path is never half written."""
     try:
         with open(path + ".tmp", "wb") as file:
             write(file)
@@ -1170,7 +1170,7 @@ def write_file(path: str, write) -> None:
 
 
 def load_file(path: str, device="cpu"):
-    """torch.load, of tensors and plain containers alone: a pickle that would run code is refused."""
+    """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
