@@ -17,15 +17,6 @@ import simsiam
 STRENGTH = (0.4, 0.4, 0.4, 0.1)  # sheet 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: more threads only wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def uniform(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(*shape, generator=generator, dtype=torch.float64)

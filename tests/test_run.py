@@ -127,6 +127,14 @@ def test_two_processes_are_the_same_run_as_one(data, photos, tmp_path):
     torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=1e-10)
 
 
+def test_the_first_loss_on_the_demo_agrees_in_float32(tmp_path):
+    for processes in (0, 2):
+        start_again(processes, "--data", "demo", *TINY, "--batch-size", "40", "--steps", "1", "--out",
+                    tmp_path / str(processes))
+    a, b = (records(tmp_path / name)[0]["loss"] for name in ("0", "2"))
+    assert abs(a - b) < 1e-5
+
+
 def torchrun(*args, nproc=2):
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", *args,
             str(ROOT / "simsiam.py")]
@@ -167,6 +175,24 @@ def test_a_run_can_be_resumed_on_another_number_of_processes(photos, tmp_path):
     a, b = ([line["loss"] for line in curve(tmp_path / name)] for name in ("whole", "parts"))
     assert len(a) == len(b) == 30
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_sigterm_within_a_step_ends_the_run_with_that_step(photos, whole, tmp_path, monkeypatch):
+    real, calls = simsiam.train_step, []
+
+    def step(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(simsiam, "train_step", step)
+    for _ in range(2):
+        assert main("--data", photos, "--out", tmp_path, *LONG, "--save-every", 100) == 0
+        if len(calls) == 7:
+            assert torch.load(tmp_path / "last.pt")["step"] == 7
+    assert len(calls) == 30
+    assert_same_run(whole(0), tmp_path)
 
 
 def test_a_pause_changes_nothing(photos, whole, tmp_path, capsys):

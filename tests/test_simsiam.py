@@ -18,15 +18,6 @@ from simsiam import SimSiam, simsiam_loss
 DOUBLE = torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: more threads only wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def parse(*flags, dtype=torch.float32):
     """The parsed arguments, made ready for a step on this machine's CPU."""
     args = simsiam.parse_args(list(flags))
