@@ -3,6 +3,7 @@
 Nothing in this file trains anything, and it imports nothing but torch. Contents:
 
     resnet              ResNet-18 to -200 of any width, torchvision's parameter names
+    vit                 Vision Transformers as MoCo v3 has them, timm's parameter names
     LARS                layer-wise adaptive rates, as in BYOL's and MoCo v3's or as in SimCLR's code
     SyncBatchNorm       batch norm over all processes that also runs on a CPU
     demo_images         the built-in data set: small generated pictures of ten shapes
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------ ResNet
 
@@ -117,6 +119,187 @@ def resnet(depth: int, width: float = 1, *, small_images: bool = False,
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
             nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
+    return model
+
+
+# ---------------------------------------------------------------------------- Vision Transformer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al., arXiv:1706.03762, Sec. 3.2). [B, N, D] -> the same."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D / heads]
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside a shortcut. [B, N, D] -> the same."""
+
+    def __init__(self, dim: int, heads: int, mlp_norm: str):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        batch = mlp_norm == "batch"  # statistics over images and tokens
+        self.norm2 = nn.BatchNorm1d(dim) if batch else nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        # A batch norm takes the channels second.
+        y = self.norm2(x) if isinstance(self.norm2, nn.LayerNorm) else self.norm2(x.mT).mT
+        return x + self.mlp(y)
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, 3, H, W] -> tokens [B, N, D], row by row: one projection of each patch, or four
+    3x3 convolutions of stride 2 and a 1x1 (the stem of Xiao et al., arXiv:2106.14881)."""
+
+    def __init__(self, dim: int, patch_size: int, stem: str):
+        super().__init__()
+        if stem == "patch":
+            self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        else:
+            widths = (3, dim // 8, dim // 4, dim // 2, dim)
+            layers = [layer for i, o in zip(widths, widths[1:])
+                      for layer in (conv(i, o, 3, 2), nn.BatchNorm2d(o), nn.ReLU(inplace=True))]
+            self.proj = nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+        self.norm = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x)).flatten(2).mT
+
+
+def sincos_table(rows: int, columns: int, dim: int) -> Tensor:
+    """Fixed 2-D position embedding [rows * columns, dim]: a quarter each for sin and cos of the row
+    times 10000^(-4j / dim), j = 0, 1, ..., then of the column (MoCo v3's; MAE has columns first)."""
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [x.flatten()[:, None] * omega for x in (row, column)]
+    return torch.cat([f(x) for x in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+class ViT(nn.Module):
+    """Images [B, 3, H, W] -> features [B, feature_dim]: a Vision Transformer without classifier."""
+
+    def __init__(self, dim: int, depth: int, heads: int, image_size: tuple, patch_size: int,
+                 stem: str, mlp_norm: str, position: str, pooling: str, grad_checkpoint: bool):
+        super().__init__()
+        self.feature_dim, self.heads, self.pooling, self.position = dim, heads, pooling, position
+        self.grad_checkpoint = grad_checkpoint
+        self.image_size = image_size
+        self.patch_embed = PatchEmbed(dim, patch_size, stem)
+        rows, columns = (side // patch_size for side in image_size)
+        extra = int(pooling == "class")
+        if extra:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if position == "sincos":
+            table = torch.cat([torch.zeros(extra, dim), sincos_table(rows, columns, dim)])
+            self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        elif position == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, extra + rows * columns, dim))
+        self.blocks = nn.Sequential(*(Block(dim, heads, mlp_norm) for _ in range(depth)))
+        self.norm = nn.Identity() if pooling == "mean-no-norm" else nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != self.image_size:
+            raise ValueError(f"images of {[*x.shape[2:]]} for a ViT of {[*self.image_size]}")
+        x = self.patch_embed(x)
+        if self.pooling == "class":
+            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        if self.position != "none":
+            x = x + self.pos_embed
+        for block in self.blocks:
+            again = self.grad_checkpoint and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        if self.pooling == "class":
+            return self.norm(x[:, 0])
+        return self.norm(x).mean(dim=1)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        theirs = state.get(prefix + "pos_embed")
+        if self.position == "sincos" and theirs is not None and theirs.shape == self.pos_embed.shape:
+            ours = self.pos_embed.detach().cpu().double()
+            if (theirs.cpu().double() - ours).abs().max() > 1e-3:  # float16 rounds by 2.4e-4
+                errors.append(f"{prefix}pos_embed is not the fixed sin-cos table (rows before columns) "
+                              "that this ViT has: it was learned, or made as MAE makes it")
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+VITS = {  # dim, depth, heads. MoCo v3, Table 2; tiny: timm's; mini: ours, for the demo
+    "mini": (96, 3, 3), "tiny": (192, 12, 3), "small": (384, 12, 12),  # timm's small has 6 heads
+    "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16),
+}
+
+
+def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16, *, heads: int = 0,
+        stem: str = "patch", mlp_norm: str = "layer", position: str = "sincos",
+        pooling: str = "class", patch_projection: str = "learned",
+        grad_checkpoint: bool = False) -> ViT:
+    """Builds a ViT (arXiv:2010.11929) as MoCo v3 initialises it; the state dict has timm's names.
+
+    size: one of VITS. image_size: pixels, one number or (height, width). heads: 0 for the size's own.
+    stem: "patch", or "conv", which takes the place of one block (arXiv:2106.14881).
+    mlp_norm: "layer", or "batch" for MoCo v3's ViT-BN (Sec. 6.3; axes and eps are our reading).
+    position: "sincos" (fixed, saved with the weights), "learned" or "none".
+    pooling: "class" token, or the "mean" of all tokens behind the last LayerNorm, or "mean-no-norm".
+    patch_projection: "learned", or "frozen" at its random initialisation.
+    grad_checkpoint: computes each block again in the backward pass, to save memory.
+    Raises ValueError for values that do not fit together.
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    options = {"size": (size, tuple(VITS)), "stem": (stem, ("patch", "conv")),
+               "mlp_norm": (mlp_norm, ("layer", "batch")),
+               "position": (position, ("sincos", "learned", "none")),
+               "pooling": (pooling, ("class", "mean", "mean-no-norm")),
+               "patch_projection": (patch_projection, ("learned", "frozen"))}
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+    dim, depth, own_heads = VITS[size]
+    heads = heads or own_heads
+    if dim % heads:
+        raise ValueError(f"{heads} heads do not share {dim} channels evenly")
+    if any(side % patch_size or side < patch_size for side in sides):
+        raise ValueError(f"an image of {sides[0]} x {sides[1]} pixels has no whole number of patches "
+                         f"of {patch_size}")
+    if stem == "conv" and (patch_size != 16 or patch_projection == "frozen"):
+        raise ValueError("the conv stem makes patches of 16 pixels, and has no projection to freeze")
+    if grad_checkpoint and mlp_norm == "batch":
+        raise ValueError("grad_checkpoint would count each batch twice in the running statistics of "
+                         "the batch norms in the MLP blocks")
+    model = ViT(dim, depth - (stem == "conv"), heads, sides, patch_size, stem, mlp_norm, position,
+                pooling, grad_checkpoint)
+    for name, module in model.blocks.named_modules():  # MoCo v3, authors' code
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith("qkv"):  # as three matrices side by side, not as one of 3D x D
+                bound = math.sqrt(6 / (dim + dim))
+                nn.init.uniform_(module.weight, -bound, bound)
+    if stem == "patch":  # as a Linear on the pixels of a patch; a conv stem keeps PyTorch's default
+        bound = math.sqrt(6 / (3 * patch_size**2 + dim))
+        nn.init.uniform_(model.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(model.patch_embed.proj.bias)
+    if pooling == "class":
+        nn.init.normal_(model.cls_token, std=1e-6)
+    if position == "learned":
+        nn.init.trunc_normal_(model.pos_embed, std=0.02)  # ViT's and timm's; MoCo v3 does not say
+    model.patch_embed.proj.requires_grad_(patch_projection == "learned")
     return model
 
 

@@ -290,16 +290,6 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, args):
     return loss.detach(), z1.detach()
 
 
-def official_names(state: dict) -> dict:
-    """The authors' names in ours: module.encoder.* is the backbone and, as fc.*, the projector; in
-    their linear checkpoints module.* has torchvision's names."""
-    if any(name.startswith("module.encoder.") for name in state):
-        return {name.removeprefix("module.").replace("encoder.fc.", "projector."): x
-                for name, x in state.items()}
-    return {"encoder." + name.removeprefix("module."): x for name, x in state.items()
-            if not name.startswith("module.fc.")}
-
-
 def pretrain(args) -> None:
     """Algorithm 1 over the whole data, with its monitors."""
     data = load_data(args)
@@ -338,9 +328,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "weight_decay", "hidden_dim",
-               "jitter", "mean", "jitter_prob", "gray_prob", "blur_prob", "knn_every", "save_every",
+MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "weight_decay",
+               "hidden_dim", "heads", "jitter", "mean", "jitter_prob", "gray_prob", "blur_prob",
+               "solarize_prob", "clip_patch_grad", "knn_every", "knn_every_steps", "save_every",
                "keep_every", "steps"}
+
+
+def recipes(kind: str, arch: str | None) -> list[str]:
+    """The recipes of a kind ("imagenet"); of these the ones of arch's family, if there are such."""
+    names = [name for name in RECIPE_NAMES if name.split("-")[0] == kind]
+    same = [name for name in names
+            if arch and arch[:3] == PRETRAIN["arch"][RECIPE_NAMES.index(name)][:3]]
+    return same or names
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -388,13 +387,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, (int, float)) and not isinstance(x, bool):
-                share = name.endswith("_prob") or name in ("crop_min", "momentum")
+                share = name.endswith(("_prob", "momentum")) or name == "crop_min"
                 if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
                     least = "0 or more" if name in MAY_BE_ZERO else "above 0"
                     raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
                                     + ", at most 1" * share)
-    sets = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
-    args.recipe = args.recipe or sets.get(args.data, RECIPE_NAMES[0])
+    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
+    args.recipe = args.recipe or recipes(kinds.get(args.data, "imagenet"), args.arch)[0]
     column = RECIPE_NAMES.index(args.recipe)
     fields = {name: PRETRAIN[name][column] for name in ENCODER}
     fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
@@ -408,8 +407,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.fields = sorted(fields)
     vars(args).update(fields | args.given)
 
-    if 64 * args.width < 1:
-        raise UserError(f"--width {args.width} leaves the stem without a channel: 1/64 is the least")
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
     if args.stage != "pretrain" and not args.init:
@@ -423,6 +420,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
                                         + ("" if args.stage == "pretrain" else f"-{args.stage}"))
     return args
+
+
+def check(args) -> None:
+    """What the flags and --init make together must be buildable."""
+    if 64 * args.width < 8:  # convolutions of 4 to 7 channels corrupt memory (oneDNN, AVX2, torch 2.15)
+        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the least")
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -466,6 +469,10 @@ def setup(args) -> None:
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
     args.initial = everywhere(lambda: read_init(args)) if args.init else None
+    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
+        raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
+                        + " or ".join(fitting))
+    check(args)
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
 
@@ -1115,9 +1122,6 @@ class Run:
     def write(self, model: nn.Module, optimizer, keep: bool, state: dict) -> None:
         state |= {"config": self.config, "log_bytes": self.file.tell(),
                   "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        weights = {name: x.cpu().contiguous() for name, x in model.encoder.state_dict().items()}
-        about = {**{name: getattr(self.args, name) for name in ENCODER},
-                 "feature_dim": model.encoder.feature_dim}
         try:
             os.fsync(self.file.fileno())
             last, older = self.path("last.pt"), "corrupt.pt" if self.corrupt else "previous.pt"
@@ -1128,8 +1132,7 @@ class Run:
             self.corrupt, self.step = False, state["step"]
             if keep:
                 shutil.copy(last, self.path(f"step{state['step']}.pt"))
-            write_file(self.path("encoder.pt"), lambda file: torch.save(weights, file))
-            write_file(self.path("encoder.json"), lambda file: file.write(json.dumps(about).encode()))
+            write_encoder(model.encoder, self.args)
         except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
             raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint "
                             "there is whole, and the same command goes on from it") from None
@@ -1169,6 +1172,15 @@ def write_file(path: str, write) -> None:
         raise
 
 
+def write_encoder(encoder: nn.Module, args) -> None:
+    """encoder.pt, the weights with torchvision's or timm's names, and what they are for beside it."""
+    weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
+    about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
+    path = os.path.join(args.out, "encoder")
+    write_file(path + ".pt", lambda file: torch.save(weights, file))
+    write_file(path + ".json", lambda file: file.write(json.dumps(about).encode()))
+
+
 def load_file(path: str, device="cpu"):
     """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
     try:
@@ -1180,25 +1192,42 @@ def load_file(path: str, device="cpu"):
                         f"values ({type(error).__name__})") from None
 
 
+def read_official(file: dict) -> tuple[dict, dict]:
+    """An authors' checkpoint as a state dict with our names, and the settings it implies.
+
+    In theirs module.encoder.* is the backbone and, as fc.*, the projector; in their linear
+    checkpoints module.* has torchvision's names.
+    """
+    state, settings = file["state_dict"], {"arch": file["arch"]}
+    if any(name.startswith("module.encoder.") for name in state):
+        return {name.removeprefix("module.").replace("encoder.fc.", "projector."): x
+                for name, x in state.items()}, settings
+    return {"encoder." + name.removeprefix("module."): x for name, x in state.items()
+            if not name.startswith("module.fc.")}, settings
+
+
 def read_init(args) -> SimpleNamespace:
     """--init as a state dict with our names, of the whole model or the encoder, and its digest.
 
-    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt; and
-    the authors' checkpoints (pre-training and linear).
+    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt, for
+    which encoder.json does if it lies beside; and the authors' checkpoints (pre-training, linear).
     """
     file, settings = load_file(args.init), {}
     try:
         if "config" in file:
-            state = file["model"]
-            settings = {name: file["config"][name] for name in ENCODER if name in file["config"]}
+            state, settings = file["model"], file["config"]
         elif "arch" in file:
-            state, settings = official_names(file["state_dict"]), {"arch": file["arch"]}
+            state, settings = read_official(file)
         else:
             state = {f"encoder.{name}": x for name, x in file.items()}
+            if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
+                with open(about) as text:
+                    settings = json.load(text)
+        settings = {name: settings[name] for name in ENCODER if name in settings}
         digest = hashlib.sha256()
         for name in sorted(state):
             digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OSError):
         raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
                         "official checkpoint") from None
     if settings.get("arch", args.arch) not in CHOICES["arch"]:
@@ -1217,9 +1246,8 @@ def load_initial(model: nn.Module, args) -> None:
     """Loads --init strictly: all of it if the stage is pretrain and the file has heads."""
     state = args.initial.state
     if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
-        model = model.encoder
-        state = {name.removeprefix("encoder."): x for name, x in state.items()
-                 if name.startswith("encoder.")}
+        model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
+        state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     own = model.state_dict()
     wrong = [f"no {name}" for name in own.keys() - state.keys()]
     wrong += [f"unknown {name}" for name in state.keys() - own.keys()]
@@ -1228,7 +1256,10 @@ def load_initial(model: nn.Module, args) -> None:
     if wrong:
         raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width {args.width:g} and "
                         f"the other settings: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # what a module itself finds wrong with its weights
+        raise UserError(f"--init {args.init}: {str(error).splitlines()[-1].strip()}") from None
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -1255,8 +1286,8 @@ def signals_caught():
 
 @signals_caught()
 def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
-        views: int) -> None:
-    """The loop of every stage that trains.
+        views: int) -> bool:
+    """The loop of every stage that trains; returns whether the run came to its end now.
 
     step_function(batch, epoch) -> loss [] and what the monitor wants; monitor(that) and
     evaluate(epoch) -> numbers for the log, the latter before the first and after each epoch. Steps
@@ -1270,7 +1301,8 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         if run.state["finished"]:
-            return say(f"{args.out} is finished; --fresh starts over")
+            say(f"{args.out} is finished; --fresh starts over")
+            return False
         evaluated, run.state = run.state["evaluated"], None  # frees the memory
     model.train()
     began = saved = mark = time.time()  # mark: when the interval since the last log line began
@@ -1330,12 +1362,14 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
             save(step + 1)
             saved = time.time()
         if stopping:
-            return say(f"stopped and saved after step {step}; the same command goes on")
+            say(f"stopped and saved after step {step}; the same command goes on")
+            return False
         if ended:
             evaluate_at(step + 1)
             mark = time.time()
     save(stop, evaluated=stop % per_epoch == 0)
     say(f"finished: {args.out}" if stop == total else f"paused at step {stop} of {total}")
+    return stop == total
 
 
 def peak_memory(device: torch.device) -> float:

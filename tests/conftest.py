@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # as in the processes that start() makes, so that resu
 
 # A network of a few thousand parameters that trains in milliseconds a step; in float32, so that
 # results do not depend on what the processor has.
-TINY = ["--recipe", "demo", "--width", "0.0625", "--dim", "16", "--predictor-dim", "8",
+TINY = ["--recipe", "demo", "--width", "0.125", "--dim", "16", "--predictor-dim", "8",
         "--batch-size", "16", "--knn-every", "0", "--workers", "0", "--precision", "fp32"]
 
 

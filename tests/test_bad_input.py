@@ -34,6 +34,7 @@ def world(tmp_path_factory, photos, classes):
         os.truncate(path, 100)
     assert simsiam.main([*TINY, "--data", str(classes), "--image-size", "16", "--steps", "1",
                          "--out", str(root / "run")]) == 0
+    shutil.copy(root / "run" / "encoder.pt", root / "bare.pt")
     shutil.copytree(root / "run", root / "truncated")
     os.truncate(root / "truncated" / "last.pt", 2000)
     with open(root / "evil.pt", "wb") as file:
@@ -77,7 +78,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "jitter of three numbers": ("--jitter 0.4 0.4 0.4", "expected 4 arguments"),
     "no epoch": ("--epochs 0", "--epochs 0 makes no sense"),
     "all warm-up": ("--warmup-epochs 9 --epochs 9", "--warmup-epochs 9 leaves none of 9 epochs"),
-    "width of nothing": ("--width 0.001", "width 0.001 leaves the stem without a channel"),
+    "width of nothing": ("--width 0.001", "width 0.001 leaves the stem fewer than 8 channels"),
     "unknown recipe": ("--recipe imagnet", "invalid choice: 'imagnet'"),
     "unknown stage": ("pretrian", "there is no stage pretrian"),
     "unknown network": ("--arch resnet51", "invalid choice: 'resnet51'"),
@@ -105,8 +106,11 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
         "linear --data {c} --init {w}/run/last.pt --arch resnet18",
         "--arch resnet18, but {w}/run/last.pt has resnet10"),
     "weights of another width": (
-        "embed --data {c} --init {w}/run/encoder.pt --recipe demo --width 0.5",
+        "embed --data {c} --init {w}/bare.pt --recipe demo --width 0.5",
         "does not fit --arch resnet10 --width 0.5"),
+    "weights of another width than encoder.json says": (
+        "embed --data {c} --init {w}/run/encoder.pt --recipe demo --width 0.5",
+        "--width 0.5, but {w}/run/encoder.pt has 0.125"),
     "weights with other heads": ("--data {c} --init {w}/run/last.pt --dim 8",
                                  "predictor.3.bias of shape [16] for [8]"),
     "another configuration in --out": ("--data {c} --out {w}/run --seed 7",

@@ -201,10 +201,10 @@ def test_every_ablation_runs_and_is_another_run(flags, healthy, classes, tmp_pat
     ours, theirs = ([line["loss"] for line in log(out, "loss")] for out in (tmp_path, healthy))
     assert len(ours) == len(theirs) == 6 and ours != theirs
     state = torch.load(tmp_path / "last.pt")["model"]
-    first = simsiam.SimSiam(common.resnet(10, 0.0625, small_images=True), 16, 8, 0, 2)
+    first = simsiam.SimSiam(common.resnet(10, 0.125, small_images=True), 16, 8, 0, 2)
     if flags == "--predictor frozen":  # at its initialisation, which the seed gives
         torch.manual_seed(0)
-        first = simsiam.SimSiam(common.resnet(10, 0.0625, small_images=True), 16, 8, 0, 2)
+        first = simsiam.SimSiam(common.resnet(10, 0.125, small_images=True), 16, 8, 0, 2)
         assert torch.equal(state["predictor.0.weight"], first.predictor[0].weight)
     elif flags == "--predictor none":
         assert not [name for name in state if name.startswith("predictor")]

@@ -1,0 +1,1873 @@
+"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie & He, 2021).
+
+Paper: https://arxiv.org/abs/2104.02057. "Sec.", "Alg.", "Fig.", "Table" and "App." point into it;
+"authors' code" is facebookresearch/moco-v3 at c349e6e, of which we know the settings (this file is
+written from the paper). Algorithm 1, in the paper's letters:
+
+    x1, x2 = aug(x), aug(x)              # two random views of a batch                  [N, 3, S, S]
+    q1, q2 = f_q(x1), f_q(x2)            # queries: backbone, projector, predictor      [N, C]
+    k1, k2 = f_k(x1), f_k(x2)            # keys: backbone, projector; no gradient       [N, C]
+    L = ctr(q1, k2) + ctr(q2, k1)        # ctr(q, k) = 2 tau CE(q k^T / tau, labels n), Sec. 3
+    update f_q by AdamW (ViT) or LARS (ResNet) on L
+    f_k = m * f_k + (1 - m) * f_q        # momentum encoder, over f_q's updated weights
+
+The negatives of a query are the other images' keys, of all processes: no queue. Each view passes
+alone, so that each has its own batch norm statistics (App. A). f_k is in train mode: its keys are
+normalised by their own batch. Its running statistics follow its own batches; they are not averaged
+and, but for `--init-encoder momentum_encoder`, not used.
+
+Order of keys and momentum update: Algorithm 1's. The authors' code updates f_k before the keys, with
+the m of that step. f_k starts as a copy of f_q, so both make the same keys if the update after step t
+takes the m of step t + 1, as it does here; only the very last update (m = 1) has no place in theirs.
+
+Where paper and authors' code differ, the code's settings are used, for the published checkpoints are
+its: cosine schedule of m for ViT too (paper: constant), ResNet heads of 2 + 2 layers without batch norm
+at the predictor's output, batch 1024 in the linear evaluation (paper: 4096).
+
+Departures: bfloat16 forward pass on hardware that has it, without loss scaling (authors' code:
+float16); Gaussian blur sampled at 23 taps (PIL's approximation there); colours in floating point (there:
+rounded to 8 bits); the queue kNN asks 1,000 validation images, not all. Not in paper or code, thus our
+reading: the batch norms of ViT-BN (over images and tokens), LAMB's exclusions, the thresholds of
+--clip-patch-grad, which layers grad_first and grad_last watch.
+
+    python moco_v3.py                                             # built-in images, a minute or two
+    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024    # ViT-S/16
+    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --arch resnet50      # 100 epochs
+    python moco_v3.py --patch-projection learned --base-lr 0.02 --out runs/unstable   # Sec. 4
+    python moco_v3.py linear --init runs/moco_v3-demo/last.pt     # linear evaluation
+    python moco_v3.py linear --init vit-s-300ep.pth.tar --data /data/imagenet         # official file
+    python moco_v3.py export --init vit-s-300ep.pth.tar           # its encoder.pt, for timm
+    python moco_v3.py embed --init runs/moco_v3-demo/last.pt --data FOLDER   # features of a folder
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as vision
+from common import BLOCKS, LARS, VITS, ViT, demo_images, resnet, synchronize_batch_norm, vit
+
+# ----------------------------------------------------------------------------------------- recipes
+
+# Every field is also a flag (--base-lr 1e-4). All ImageNet columns: authors' code (CONFIG.md), which
+# trains vit_base like vit_small; that vit_large and vit_huge (with --patch-size 14) are trained like
+# them is our choice, for theirs are not public. There are no published CIFAR recipes: the ResNet's is
+# community, solo-learn's, but for lr, as its LARS is another; the ViT's and the demo are our choice.
+RECIPE_NAMES = ("imagenet", "imagenet-r50-100", "imagenet-r50-300", "imagenet-r50-1000",
+                "cifar", "cifar-resnet", "demo")
+PRETRAIN = {
+    # ----------------------- ViT, 300 ---- R50: 100, 300, 1000 epochs -- CIFAR: ViT, ResNet --- demo
+    "arch":                   ("vit_small", *("resnet50",) * 3, "vit_tiny", "resnet18", "vit_mini"),
+    "width":                  (1.0,) * 7,           # of a ResNet: channels relative to the paper's
+    "small_images":           (False, *(False,) * 3, True, True, True),  # ResNet's 3x3 stem; test view
+    #                        without a margin. community: SimCLR, App. B.9
+    "zero_init_residual":     (True,) * 7,          # ResNet: authors' code
+    "patch_size":             (16, *(16,) * 3, 4, 4, 8),        # Table 2; huge: 14. Sec. 6.3: 7
+    "heads":                  (0,) * 7,             # 0: Table 2's, 12 for vit_small (timm and DeiT: 6)
+    "stem":                   ("patch",) * 7,       # conv: authors' code, arXiv:2106.14881
+    "mlp_norm":               ("layer",) * 7,       # batch: ViT-BN, Sec. 6.3
+    "position":               ("sincos",) * 7,      # Sec. 6.2: learned, none
+    "pooling":                ("class",) * 7,       # Sec. 6.2: mean, mean-no-norm
+    "patch_projection":       ("frozen", *("learned",) * 3, "frozen", "learned", "frozen"),  # Sec. 4.2
+    "projector_layers":       (3, 2, 2, 2, 3, 2, 3),            # App. A (ViT); authors' code
+    "hidden_dim":             (4096, *(4096,) * 3, 4096, 4096, 512),  # App. A | community: solo-learn
+    "dim":                    (256, *(256,) * 3, 256, 256, 128),      # C. App. A | community: solo-learn
+    "predictor":              ("mlp",) * 7,         # Sec. 6.2: none
+    "predictor_output_bn":    (True, *(False,) * 3, True, False, True),  # App. A (ViT); authors' code
+    "bn":                     ("default",) * 7,     # in the heads. Sec. 6.2: none (batch 2048)
+    # ------------------------- optimisation
+    "optimizer":              ("adamw", *("lars",) * 3, "adamw", "lars", "adamw"),  # App. A; lamb: 4.1
+    "epochs":                 (300, 100, 300, 1000, 800, 1000, 6),
+    "batch_size":             (4096, *(4096,) * 3, 512, 256, 100),    # all processes together
+    "base_lr":                (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),  # lr: base_lr * batch / 256;
+    #                        6.0: solo-learn's 0.3 by its trust coefficient, 20 times ours
+    "warmup_epochs":          (40.0, *(10.0,) * 3, 40.0, 10.0, 1.0),
+    "momentum":               (0.9,) * 7,           # of LARS
+    "weight_decay":           (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on everything
+    "temperature":            (0.2, *(1.0,) * 3, 0.2, 0.2, 0.2),      # tau | community: solo-learn
+    "ema_momentum":           (0.99, 0.99, 0.99, 0.996, 0.99, 0.99, 0.5),  # m at the start. Sec. 6.2
+    "ema_schedule":           ("cosine",) * 7,      # to 1 at the end; constant: m stays
+    "precision":              (*("auto",) * 6, "fp32"),  # auto: bf16 where native, else fp32: ours
+    "grad_checkpoint":        (False,) * 7,         # less memory: a ViT's blocks are computed twice
+    # ------------------------- augmentation; pairs: first and second view. authors' code (BYOL's)
+    "image_size":             (224, *(224,) * 3, 32, 32, 32),  # pixels
+    "crop_min":               (0.08, *(0.2,) * 3, 0.2, 0.2, 0.75),    # least share of the area
+    "jitter":                 ((0.4, 0.4, 0.2, 0.1),) * 7,     # brightness, contrast, saturation, hue
+    "jitter_prob":            (0.8,) * 7,
+    "gray_prob":              (0.2,) * 7,
+    "blur_prob":              (*((1.0, 0.1),) * 4, *((0.0, 0.0),) * 3),  # community: none at 32 px
+    "solarize_prob":          (*((0.0, 0.2),) * 6, (0.0, 0.0)),
+    "mean":                   (*((0.485, 0.456, 0.406),) * 4, *((0.4914, 0.4822, 0.4465),) * 2,
+                               (0.5, 0.5, 0.5)),
+    "std":                    (*((0.229, 0.224, 0.225),) * 4, *((0.2470, 0.2435, 0.2616),) * 2,
+                               (0.25, 0.25, 0.25)),     # community: solo-learn (CIFAR-10's own)
+    # ------------------------- study of the instability, Sec. 4
+    "clip_patch_grad":        (0.0,) * 7,           # largest norm of the projection's gradient; 0: any
+    "knn_every_steps":        (50, *(50,) * 3, 20, 20, 20),    # App. A: "every tens of iterations"
+    # ------------------------- kNN. App. A refers to arXiv:1805.01978, whose values these are
+    "knn_k":                  (200,) * 7,
+    "knn_temperature":        (0.07,) * 7,
+}
+LINEAR = {  # authors' code (main_lincls.py); CIFAR and demo: our choice
+    # ----------------------- ViT, 300 ---- R50: 100, 300, 1000 epochs -- CIFAR: ViT, ResNet --- demo
+    "init_encoder":           ("encoder",) * 7,     # or momentum_encoder
+    "optimizer":              ("sgd",) * 7,
+    "base_lr":                (3.0, *(0.1,) * 3, 3.0, 0.1, 3.0),
+    "epochs":                 (90, *(90,) * 3, 100, 100, 30),
+    "batch_size":             (1024, *(1024,) * 3, 256, 256, 250),
+    "momentum":               (0.9,) * 7,
+    "weight_decay":           (0.0,) * 7,
+    "crop_min":               (0.08, *(0.08,) * 3, 0.08, 0.08, 0.4),
+    "precision":              PRETRAIN["precision"],
+}
+EMBED = {name: LINEAR[name] for name in ("init_encoder", "precision")}
+TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "embed": EMBED, "export": EMBED}
+CHOICES = {
+    "arch": (*(f"vit_{size}" for size in VITS), *(f"resnet{depth}" for depth in BLOCKS)),
+    "stem": ("patch", "conv"),
+    "mlp_norm": ("layer", "batch"),
+    "position": ("sincos", "learned", "none"),
+    "pooling": ("class", "mean", "mean-no-norm"),
+    "patch_projection": ("frozen", "learned", "batchnorm", "weightnorm"),
+    "predictor": ("mlp", "none"),
+    "bn": ("none", "default"),
+    "optimizer": ("adamw", "lars", "lamb", "sgd"),
+    "ema_schedule": ("cosine", "constant"),
+    "init_encoder": ("encoder", "momentum_encoder"),
+    "precision": ("auto", "bf16", "fp32", "fp64"),
+}
+ENCODER = ("arch", "width", "small_images", "zero_init_residual", "patch_size", "heads", "stem",
+           "mlp_norm", "position", "pooling", "patch_projection", "image_size", "mean", "std")
+SCRIPT = "moco_v3"
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+def augment(x: Tensor, u: Tensor, args, view: int) -> Tensor:
+    """Second stage of view 0 or 1, on the device (App. A): colours, blur, solarise, normalisation.
+
+    x [N, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
+    and `resized_crop` below). u [N, COLOUR_DRAWS]: uniform random numbers, each image's own.
+    """
+    x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
+    x = grayscale(x, u[:, 9], args.gray_prob)
+    x = gaussian_blur(x, u[:, 10:12], args.blur_prob[view], sigma=(0.1, 2.0))  # authors' code
+    x = solarize(x, u[:, 12], args.solarize_prob[view])
+    return normalize(x, args.mean, args.std)
+
+
+def two_views(batch, args) -> tuple[Tensor, Tensor]:
+    crops, draws = batch.crops.chunk(2), batch.colours.chunk(2)
+    return augment(crops[0], draws[0], args, view=0), augment(crops[1], draws[1], args, view=1)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def build_encoder(args) -> nn.Module:
+    """Images [N, 3, S, S] -> features [N, feature_dim]: the backbone, what one keeps."""
+    if args.arch.startswith("resnet"):
+        return resnet(int(args.arch.removeprefix("resnet")), args.width,
+                      small_images=args.small_images, zero_init_residual=args.zero_init_residual)
+    frozen = args.patch_projection == "frozen"
+    encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size, heads=args.heads,
+                  stem=args.stem, mlp_norm=args.mlp_norm, position=args.position,
+                  pooling=args.pooling, patch_projection="frozen" if frozen else "learned",
+                  grad_checkpoint=getattr(args, "grad_checkpoint", False))
+    if args.patch_projection == "batchnorm":  # Sec. 4.2: neither of the two helps
+        encoder.patch_embed.norm = nn.BatchNorm2d(encoder.feature_dim)
+    elif args.patch_projection == "weightnorm":
+        nn.utils.parametrizations.weight_norm(encoder.patch_embed.proj)
+    return encoder
+
+
+def head(layers: int, in_dim: int, hidden_dim: int, out_dim: int, bn: bool,
+         output_bn: bool) -> nn.Sequential:
+    """Linear layers without bias, a BN and ReLU between them; the output's BN has no scale and shift
+    (authors' code, of both)."""
+    modules = []
+    for i in range(layers):
+        last = i == layers - 1
+        width = out_dim if last else hidden_dim
+        modules.append(nn.Linear(in_dim, width, bias=False))
+        if bn and (output_bn or not last):
+            modules.append(nn.BatchNorm1d(width, affine=not last))
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+        in_dim = width
+    return nn.Sequential(*modules)
+
+
+class MoCoV3(nn.Module):
+    """f_q = predictor(projector(encoder(.))) and f_k = momentum_projector(momentum_encoder(.)).
+
+    encoder maps images [N, 3, S, S] to [N, encoder.feature_dim]. The defaults are a ViT's; a ResNet
+    takes projector_layers=2, predictor_output_bn=False (authors' code). bn "none": no batch norm
+    in the heads, predictor "none": f_q ends with the projector (both Sec. 6.2).
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int = 256, hidden_dim: int = 4096,
+                 projector_layers: int = 3, predictor: str = "mlp",
+                 predictor_output_bn: bool = True, bn: str = "default"):
+        super().__init__()
+        bn = bn == "default"
+        self.encoder = encoder
+        self.projector = head(projector_layers, encoder.feature_dim, hidden_dim, dim, bn, True)
+        self.predictor = nn.Identity()
+        if predictor == "mlp":
+            self.predictor = head(2, dim, hidden_dim, dim, bn, predictor_output_bn)
+        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Two views [N, 3, S, S] -> q1, q2, k1, k2 [N, C], and the features of x1 for the monitor."""
+        h1, h2 = self.encoder(x1), self.encoder(x2)
+        q1, q2 = self.predictor(self.projector(h1)), self.predictor(self.projector(h2))
+        with torch.no_grad():
+            k1 = self.momentum_projector(self.momentum_encoder(x1))
+            k2 = self.momentum_projector(self.momentum_encoder(x2))
+        return q1, q2, k1, k2, h1.detach()
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, m: float) -> None:
+        """f_k = m * f_k + (1 - m) * f_q (Alg. 1): parameters alone, the predictor's none."""
+        update_ema([*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()],
+                   [*self.encoder.parameters(), *self.projector.parameters()], m)
+
+
+def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
+    """target = m * target + (1 - m) * online, in place, all tensors at once."""
+    torch._foreach_lerp_(target, online, 1 - m)
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+
+def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """ctr(q, k) of Alg. 1: which of all keys belongs to the query? Mean over this process's queries.
+
+    q, k [N, C] of one process, rows of one index from one image -> [], in float32 at least. The
+    keys of all processes are the classes, and get no gradient; the mean over processes is the
+    global batch's loss. The factor 2 tau keeps the gradient's size when tau changes (Sec. 3).
+    """
+    q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k))
+    q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
+    logits = q @ k.T / temperature  # [N, processes * N]
+    labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # where this rank's keys are
+    return 2 * temperature * F.cross_entropy(logits, labels)
+
+
+def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
+    """The symmetrised loss when all n keys look alike, and the least there can be: positives equal,
+    negatives spread evenly (cosine -1 / (n - 1); Jensen's inequality). Ours, not the paper's."""
+    floor = math.log1p((n - 1) * math.exp(-n / (n - 1) / temperature))
+    return 4 * temperature * math.log(n), 4 * temperature * floor
+
+
+# same as simsiam.py
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): Fig. 2, middle. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+# same as simsiam.py
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z.double() - z.double().mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+class LAMB(torch.optim.Optimizer):
+    """Layer-wise adaptive Adam (You et al., arXiv:1904.00962, Alg. 2): AdamW as LARS is to SGD.
+
+    For a weight w with gradient g, at its t-th step:
+
+        a = b1 * a + (1 - b1) * g;   b = b2 * b + (1 - b2) * g^2
+        u = (a / (1 - b1^t)) / (sqrt(b / (1 - b2^t)) + eps) + weight_decay * w
+        w = w - lr * (|w| / |u|) * u                 # the ratio is 1 where either norm is 0
+
+    One-dimensional parameters (biases, norms) are neither decayed nor adapted, as in LARS here (our
+    choice; the paper's App. A gives weight decay 1e-3, and no more). eps: LAMB's paper, recalled.
+    """
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-6, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            by_step = {}  # parameters of one age have one bias correction
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                by_step.setdefault((state["step"], p.ndim > 1), []).append(p)
+            for (t, adapted), weights in by_step.items():
+                self.update(weights, t, adapted, group)
+        return loss
+
+    def update(self, weights: list[Tensor], t: int, adapted: bool, group: dict) -> None:
+        (b1, b2), grads = group["betas"], [p.grad for p in weights]
+        a = [self.state[p]["exp_avg"] for p in weights]
+        b = [self.state[p]["exp_avg_sq"] for p in weights]
+        torch._foreach_lerp_(a, grads, 1 - b1)
+        torch._foreach_mul_(b, b2)
+        torch._foreach_addcmul_(b, grads, grads, value=1 - b2)
+        scale = torch._foreach_div(b, 1 - b2**t)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, group["eps"])
+        u = torch._foreach_div(a, 1 - b1**t)
+        torch._foreach_div_(u, scale)
+        if adapted:
+            torch._foreach_add_(u, weights, alpha=group["weight_decay"])
+            w_norm = torch.stack(torch._foreach_norm(weights))
+            u_norm = torch.stack(torch._foreach_norm(u))
+            ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+            torch._foreach_mul_(u, list(ratio.unbind()))
+        torch._foreach_add_(weights, u, alpha=-group["lr"])
+
+
+def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
+    """AdamW for ViT, which decays everything; LARS for ResNet, LAMB: biases and norms apart."""
+    params = [p for p in model.parameters() if p.requires_grad]  # f_k has none, a frozen patch neither
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=0.0, weight_decay=args.weight_decay,
+                                 fused=args.device.type in ("cpu", "cuda"))
+    if args.optimizer == "lamb":
+        return LAMB(params, lr=0.0, weight_decay=args.weight_decay)
+    return LARS(params, lr=0.0, weight_decay=args.weight_decay, momentum=args.momentum)
+
+
+def warmup_cosine(epoch: float, args) -> float:
+    """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step by
+    step (authors' code). The first step of all has lr 0."""
+    if epoch < args.warmup_epochs:
+        return epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def momentum_schedule(epoch: float, args) -> float:
+    """m: from its start along half a cosine to 1 over the whole run (authors' code), or constant."""
+    if args.ema_schedule == "constant":
+        return args.ema_momentum
+    return 1 - (1 - args.ema_momentum) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+
+
+def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection, or where that is
+    frozen its first attention's qkv, and its last block; a ResNet's first convolution, last block."""
+    if isinstance(encoder, ViT):
+        first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
+        return first or [*encoder.blocks[0].attn.qkv.parameters()], [*encoder.blocks[-1].parameters()]
+    return [encoder.conv1.weight], [*encoder.layer4[-1].parameters()]
+
+
+def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, m: float, args):
+    """One iteration of Algorithm 1. x1, x2 [N, 3, S, S]; epoch: passes over the data so far, a
+    fraction within one; m: of the update. Returns, all detached, the loss [], q1 [N, C], the
+    features of x1 [N, feature_dim], and the gradient norms of first and last layer [2]."""
+    module = getattr(model, "module", model)
+    lr = args.base_lr * args.batch_size / 256  # Sec. 3: linear scaling, of the global batch
+    for group in optimizer.param_groups:
+        group["lr"] = lr * warmup_cosine(epoch, args)
+    with autocast(args):
+        q1, q2, k1, k2, h1 = model(x1, x2)
+    loss = (contrastive_loss(q1, k2, args.temperature)  # crossed: the views of a pair differ
+            + contrastive_loss(q2, k1, args.temperature))
+    optimizer.zero_grad()
+    loss.backward()
+    norms = torch.stack([torch.stack(torch._foreach_norm([p.grad for p in layer])).norm()
+                         for layer in first_and_last_layer(module.encoder)])
+    if args.clip_patch_grad:  # Sec. 4.2: helps if the threshold is small enough
+        nn.utils.clip_grad_norm_(module.encoder.patch_embed.parameters(), args.clip_patch_grad)
+    optimizer.step()
+    module.update_momentum_encoder(m)
+    return loss.detach(), q1.detach(), h1, norms
+
+
+def pretrain(args) -> None:
+    """Algorithm 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    model = MoCoV3(build_encoder(args), args.dim, args.hidden_dim, args.projector_layers,
+                   args.predictor, args.predictor_output_bn, args.bn)
+    net = prepare(model, args)
+    if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
+        model.update_momentum_encoder(0.0)  # --init held an encoder alone: f_k starts as its copy
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    per_epoch = len(data.train) // args.batch_size
+    queue = QueueMonitor(data, args)
+    chance, floor = chance_and_floor(args.batch_size, args.temperature)
+    say(f"loss: {chance:.2f} by chance, {floor:.2f} at best (batch {args.batch_size}, temperature "
+        f"{args.temperature:g})")
+    timm_heads(model.encoder, args)
+    largest = torch.zeros(2, device=args.device)  # gradient norms since the last line of the log
+
+    def step(batch, epoch):
+        number = round(epoch * per_epoch)
+        # m of the step after this one, so that its keys are those of the authors' code (see the top).
+        m = momentum_schedule((number + 1) / per_epoch, args)
+        loss, q, h, norms = train_step(net, optimizer, *two_views(batch, args), epoch, m, args)
+        torch.maximum(largest, norms, out=largest)
+        labels = data.train.labels
+        if record := queue(model.encoder, h, labels if labels is None else labels[batch.shown].to(
+                args.device), number + 1):
+            run.log(epoch=round((number + 1) / per_epoch, 4), step=number + 1, **record)
+        return loss, (q, m)
+
+    def monitor(seen):
+        q, m = seen
+        q = all_gather(q)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        first, last = largest.tolist()
+        largest.zero_()
+        return {"chance": chance, "floor": floor, "std": feature_std(q), "rank": effective_rank(q),
+                "grad_first": first, "grad_last": last, "m": m}
+
+    run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
+    if fit(args, run, data, model, optimizer, step, monitor, views=2,
+           evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args)):
+        report_dips(run)
+
+# ==================================================================================================
+# Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------ command line
+
+
+# same as simsiam.py
+class UserError(Exception):
+    """A mistake of the user's: ends the program with one sentence and exit code 2."""
+
+
+# same as simsiam.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+# same as simsiam.py
+MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "weight_decay",
+               "hidden_dim", "heads", "jitter", "mean", "jitter_prob", "gray_prob", "blur_prob",
+               "solarize_prob", "clip_patch_grad", "knn_every", "knn_every_steps", "save_every",
+               "keep_every", "steps"}
+
+
+# same as simsiam.py
+def recipes(kind: str, arch: str | None) -> list[str]:
+    """The recipes of a kind ("imagenet"); of these the ones of arch's family, if there are such."""
+    names = [name for name in RECIPE_NAMES if name.split("-")[0] == kind]
+    same = [name for name in names
+            if arch and arch[:3] == PRETRAIN["arch"][RECIPE_NAMES.index(name)][:3]]
+    return same or names
+
+
+# same as simsiam.py
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over recipe: every field of the stage's table, and what is not about the method."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("stage", nargs="?", default="pretrain", metavar="|".join(TABLES))
+    add("--data", default="demo", metavar="NAME|FOLDER",
+        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a folder "
+             "per class, or any tree of images without labels")
+    add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
+    add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
+    add("--out", help="run folder (default: runs/<script>-<data>)")
+    add("--init", help="initial weights: last.pt or encoder.pt of a run, or an official checkpoint")
+    add("--fresh", action="store_true", help="start over, though --out holds a run")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    add("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
+    add("--accumulate", type=int, default=1, help="split each batch into so many parts")
+    add("--log-every", type=int, default=50, help="steps (default: 50)")
+    add("--knn-every", type=int, default=1, help="epochs (default: 1); 0: never")
+    add("--save-every", type=float, default=10, help="minutes (default: 10) and every epoch's end")
+    add("--keep-every", type=int, default=0, help="epochs between checkpoints kept (default: none)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--tensorboard", action="store_true", help="write event files too")
+    group = parser.add_argument_group("recipe: one flag a field; see the tables in the script")
+    names = [*dict.fromkeys(name for table in TABLES.values() for name in table)]
+    for name in names:
+        values = next(table[name] for table in TABLES.values() if name in table)
+        how = {"type": type(values[0]), "choices": CHOICES.get(name)}
+        if isinstance(values[0], bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(values[0], tuple):
+            how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
+        group.add_argument("--" + name.replace("_", "-"), default=None, **how,
+                           help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if args.stage not in TABLES:
+        parser.error(f"there is no stage {args.stage}, but {', '.join(TABLES)}")
+
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, (int, float)) and not isinstance(x, bool):
+                share = name.endswith(("_prob", "momentum")) or name == "crop_min"
+                if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
+                    least = "0 or more" if name in MAY_BE_ZERO else "above 0"
+                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
+                                    + ", at most 1" * share)
+    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
+    args.recipe = args.recipe or recipes(kinds.get(args.data, "imagenet"), args.arch)[0]
+    column = RECIPE_NAMES.index(args.recipe)
+    fields = {name: PRETRAIN[name][column] for name in ENCODER}
+    fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
+    if args.data == "stl10":
+        fields["image_size"] = 96  # its size
+    args.given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    for name in names:
+        delattr(args, name)
+    for name in args.given.keys() - fields.keys():
+        raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
+    args.fields = sorted(fields)
+    vars(args).update(fields | args.given)
+
+    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+    if args.stage != "pretrain" and not args.init:
+        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, or an official "
+                        "checkpoint")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} is too large: below 2**63")
+    if args.stage == "pretrain" and args.accumulate > 1:
+        raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
+                        "take a smaller --batch-size or more processes")
+    args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
+                                        + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+    return args
+
+
+def check(args) -> None:
+    """What the flags and --init make together must be buildable."""
+    flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
+    if 64 * args.width < 8:  # convolutions of 4 to 7 channels corrupt memory (oneDNN, AVX2, torch 2.15)
+        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the least")
+    given = args.given.keys()
+    if "optimizer" in given and "base_lr" not in given and args.stage == "pretrain":
+        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 1.5e-4 for adamw, "
+                        "0.3 for lars, 5e-4 with --weight-decay 1e-3 for lamb (ImageNet)")
+    sgd = getattr(args, "optimizer", "sgd") == "sgd"
+    if sgd != (args.stage != "pretrain"):
+        raise UserError(f"{flag['optimizer']} is no optimizer of the stage {args.stage}: "
+                        + ("adamw, lars, lamb" if sgd else "sgd"))
+    vit_only = [name for name in ("patch_size", "heads", "stem", "mlp_norm", "position", "pooling",
+                                  "patch_projection", "clip_patch_grad", "grad_checkpoint")
+                if name in given]
+    if args.arch.startswith("resnet"):
+        if vit_only:
+            raise UserError(f"{flag.get(vit_only[0], vit_only[0])} is for a ViT, and --arch is "
+                            f"{args.arch}")
+        return
+    if "width" in given:
+        raise UserError(f"--width is for a ResNet, and --arch is {args.arch}: take a smaller --arch")
+    args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
+    if args.stem == "conv" and args.patch_projection != "learned":
+        raise UserError("--stem conv has no patch projection to freeze or to normalise: give "
+                        "--patch-projection learned")
+    if getattr(args, "clip_patch_grad", 0) and (args.patch_projection == "frozen"
+                                                or args.stem == "conv"):
+        raise UserError(f"{flag['clip_patch_grad']} needs a patch projection that has a gradient: "
+                        "give --patch-projection learned and --stem patch")
+    try:
+        with torch.device("meta"):  # without memory and time
+            build_encoder(args)
+    except ValueError as error:
+        raise UserError(f"--arch {args.arch}: {error}") from None
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+# same as simsiam.py
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+# same as simsiam.py
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# same as simsiam.py
+def setup(args) -> None:
+    """Picks the device, joins torchrun's process group, seeds, reads --init."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    args.device = args.device or next(name for name, there in available.items() if there)
+    if not available[args.device]:
+        raise UserError(f"--device {args.device}: torch sees none here; leave the flag out")
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs here")
+        args.device = torch.device("cuda", local)
+        torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:
+        # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
+        raise UserError("--device mps takes one process and no fp64; give --device cpu")
+    if getattr(args, "batch_size", 0) % world_size():
+        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
+                        f"of the {world_size()} processes")
+    if args.stage == "pretrain" and args.batch_size < 2:
+        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
+    args.initial = everywhere(lambda: read_init(args)) if args.init else None
+    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
+        raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
+                        + " or ".join(fitting))
+    check(args)
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+
+
+# same as simsiam.py
+def cpu_info(key: str) -> str:
+    """What Linux says of the processor: "flags" for its instruction sets, "model name"."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith(key)), "")
+    except OSError:
+        return ""
+
+
+# same as simsiam.py
+@functools.cache
+def bf16_is_native(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = cpu_info("flags").split()
+    return device == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)
+
+
+# same as simsiam.py
+def autocast(args):
+    """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
+    wanted = args.precision == "bf16" or args.precision == "auto" and bf16_is_native(args.device.type)
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
+
+
+# same as simsiam.py
+@torch.no_grad()
+def all_gather(x: Tensor) -> Tensor:
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first; without gradient."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+# same as simsiam.py
+def sum_over_processes(x: Tensor) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+# same as simsiam.py
+def everywhere(function):
+    """function() in every process: its result, or in all of them the UserError of the first that
+    has one. The function itself must not wait for other processes."""
+    result, errors = None, [None] * world_size()
+    try:
+        result = function()
+    except UserError as error:
+        errors[0] = str(error)
+    if world_size() > 1:
+        dist.all_gather_object(errors, errors[0])
+    if any(errors):
+        raise UserError(next(filter(None, errors)))
+    return result
+
+
+# same as simsiam.py
+def on_rank_0(function):
+    """function() on rank 0; every process gets its result, or its UserError."""
+    result = [everywhere(lambda: function() if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+# same as simsiam.py
+def say(message: str) -> None:
+    if rank() == 0:  # file names may hold what cannot be printed
+        print(message.encode(errors="backslashreplace").decode(), flush=True)
+
+
+# same as simsiam.py
+def prepare(model: nn.Module, args) -> nn.Module:
+    """Loads --init into the model, moves it to the device, and returns what to call in its place:
+    over several processes it averages gradients, and its batch norms see the global batch."""
+    if args.initial:
+        load_initial(model, args)
+    model.to(args.device, args.dtype, memory_format=torch.channels_last)
+    net = model
+    if world_size() > 1:
+        cuda = args.device.type == "cuda"  # torch's SyncBatchNorm refuses CPU tensors
+        (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
+        net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
+                                      gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes as they are
+    if args.compile:
+        net.compile()  # in place: the names in the state dict stay
+    return net
+
+
+# -------------------------------------------------------------------------------------- randomness
+
+CROP_DRAWS, COLOUR_DRAWS = 23, 13  # uniform numbers that one view of one image takes
+
+
+# same as simsiam.py
+def generator(*key) -> torch.Generator:
+    """A random stream that depends on nothing but its key, such as (seed, "crop", epoch, step)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# same as simsiam.py
+def uniform(shape: tuple, *key) -> Tensor:
+    return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
+
+
+# same as simsiam.py
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+# same as simsiam.py
+def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What step `step` sees, a function of seed and step alone, and of it this process's share.
+
+    Returns indices [b], crop draws [b, views, CROP_DRAWS], colour draws [b, views, COLOUR_DRAWS].
+    The draws are made for the global batch, so that they do not depend on the number of processes.
+    """
+    epoch, i = divmod(step, n // args.batch_size)
+    b = args.batch_size // world_size()
+    mine = slice(rank() * b, rank() * b + b)
+    index = epoch_order(args.seed, epoch, n)[i * args.batch_size:][mine]
+    crop = uniform((args.batch_size, views, CROP_DRAWS), args.seed, "crop", step)[mine]
+    colour = uniform((args.batch_size, views, COLOUR_DRAWS), args.seed, "colour", step)[mine]
+    return index, crop, colour
+
+
+# ------------------------------------------------------------------------- augmentation, operations
+
+
+# same as simsiam.py
+def crop_boxes(u: Tensor, height: int, width: int, crop_min: float) -> tuple[Tensor, ...]:
+    """torchvision's RandomResizedCrop for many images at once: shares of the area from crop_min to
+    1, aspect ratios 3/4 to 4/3, ten tries, else the centre. u [B, CROP_DRAWS] -> top, left, height,
+    width, flipped or not; [B] each."""
+    area = height * width * (crop_min + (1 - crop_min) * u[:, 0:10])
+    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20])
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
+    first, found = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
+    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3))).long()
+    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / (3 / 4)))).long()
+    top = torch.where(found, u[:, 20] * (height - h + 1), (height - h) // 2).long()
+    left = torch.where(found, u[:, 21] * (width - w + 1), (width - w) // 2).long()
+    return top, left, h, w, u[:, 22] < 0.5
+
+
+# same as simsiam.py
+def resample(start: Tensor, length: Tensor, in_size: int, out_size: int,
+             flip: Tensor | None = None) -> Tensor:
+    """Matrices [B, out_size, in_size] that resize pixels start .. start + length - 1 to out_size:
+    bilinear and antialiased, as torchvision's. flip [B]: mirrored where true."""
+    start, length = start[:, None, None], length[:, None, None]
+    out = torch.arange(out_size, device=start.device)[:, None]
+    if flip is not None:
+        out = torch.where(flip[:, None, None], out_size - 1 - out, out)
+    pixel = torch.arange(in_size, device=start.device)
+    scale = length / out_size
+    offset = start + (out + 0.5) * scale - (pixel + 0.5)
+    weight = (1 - offset.abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= start) & (pixel < start + length))
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+# same as simsiam.py
+def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
+    """Crops x [B, 3, H, W] to boxes, resized to [B, 3, size, size]: two matrix products."""
+    top, left, height, width = (box.to(x, non_blocking=True) for box in boxes[:4])
+    rows = resample(top, height, x.shape[2], size)
+    columns = resample(left, width, x.shape[3], size, boxes[4].to(x.device, non_blocking=True))
+    return rows[:, None] @ x @ columns[:, None].mT
+
+
+# same as simsiam.py
+def gray(x: Tensor) -> Tensor:
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]  # torchvision's weights
+
+
+# same as simsiam.py
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    r, g, b = x.unbind(dim=1)
+    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
+    c = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
+                                                           4 + (r - g) / c))  # in sixths
+    hue = (hue + 6 * shift[:, 0])[:, None]
+    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# same as simsiam.py
+COLOUR_OPERATIONS = (  # (x, factor) -> x: brightness, contrast, saturation, hue
+    lambda x, f: (f * x).clamp(0, 1),
+    lambda x, f: (f * x + (1 - f) * gray(x).mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1),
+    lambda x, f: (f * x + (1 - f) * gray(x)).clamp(0, 1),
+    lambda x, f: shift_hue(x, f - 1),
+)
+
+
+# same as simsiam.py
+def chosen(mask: Tensor, x: Tensor) -> Tensor:
+    """Indices of the true places of mask, found on the CPU so that no GPU has to be waited for."""
+    return mask.nonzero()[:, 0].to(x.device, non_blocking=True)
+
+
+# same as simsiam.py
+def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
+    """torchvision's ColorJitter with probability prob, its four operations in random order, every
+    image with its own. x [B, 3, S, S] in [0, 1]; u [B, 9]: whether, how much (4), order (4)."""
+    factor = 1 + (2 * u[:, 1:5] - 1) * torch.tensor(strength, dtype=u.dtype)
+    factor = factor.clamp(min=0).to(x)[:, :, None, None, None]
+    order = u[:, 5:9].argsort(dim=1)
+    x = x.clone()
+    for place in range(4):
+        for k, operation in enumerate(COLOUR_OPERATIONS):
+            i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
+            x[i] = operation(x[i], factor[i, k])
+    return x
+
+
+# same as simsiam.py
+def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
+    """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
+    i = chosen(u < prob, x)
+    x = x.clone()
+    x[i] = gray(x[i]).expand(-1, 3, -1, -1)
+    return x
+
+
+# same as simsiam.py
+def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
+    """Blurs each image with probability prob and its own sigma, in pixels, uniform in the range.
+
+    x [B, 3, S, S]; u [B, 2]: whether, how much. The kernel spans a tenth of the side (SimCLR,
+    arXiv:2002.05709, App. A; at 224 px: 23 taps), reflected at the border.
+    """
+    i = chosen(u[:, 0] < prob, x)
+    if len(i) == 0:
+        return x
+    half = x.shape[-1] // 20
+    s = (sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x)[i]
+    taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
+    y = x[i].flatten(0, 1)[None]  # every image and colour is a channel with a kernel of its own
+    y = F.pad(y, (half, half, half, half), mode="reflect")
+    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
+    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
+    x = x.clone()
+    x[i] = y[0].unflatten(0, (-1, 3))
+    return x
+
+
+def solarize(x: Tensor, u: Tensor, prob: float) -> Tensor:
+    """Inverts the light pixels of each image with probability prob. x [B, 3, S, S], u [B]."""
+    i = chosen(u < prob, x)
+    x = x.clone()
+    x[i] = torch.where(x[i] >= 128 / 255, 1 - x[i], x[i])  # PIL's threshold of 128
+    return x
+
+
+# same as simsiam.py
+def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (x - mean) / std
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+# same as simsiam.py
+@dataclass
+class Images:
+    """n images: their names, their labels if known, and their pixels if they fit in memory."""
+
+    names: np.ndarray  # [n], paths relative to root
+    labels: Tensor | None = None  # [n] int64
+    pixels: Tensor | None = None  # [n, 3, H, W] uint8, on the device
+    root: str = ""
+    total: int = 0  # n, of the whole where this is a part
+    unreadable: set[str] = field(default_factory=set)  # paths, shared by the parts
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def read(self, i: int) -> tuple[Tensor, int]:
+        """Image i as uint8 [3, H, W], and i; for an unreadable one a substitute and its index."""
+        # The substitutes are a function of i, so that every run and every process takes the same.
+        substitutes = torch.randint(len(self), [9], generator=generator("substitute", i)).tolist()
+        for j in (i, *substitutes):
+            try:  # read as bytes, for torchvision takes no file name that is not UTF-8
+                file = torch.from_numpy(np.fromfile(os.fsencode(self.path(j)), dtype=np.uint8))
+                x = torchvision.io.decode_image(file, torchvision.io.ImageReadMode.RGB)
+            except (RuntimeError, OSError):
+                continue
+            if x.ndim == 3:  # an animation has four dimensions
+                return x if x.dtype == torch.uint8 else (x.int() >> 8).byte(), j  # 16-bit PNG
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), -1  # report_unreadable will end the run
+
+
+# same as simsiam.py
+def load_data(args, labels: bool = False) -> SimpleNamespace:
+    """--data as train, bank and val (Images; the last two None without labels), classes, and a
+    digest that tells data sets apart. labels: whether the stage needs them."""
+    if args.data == "demo":
+        train, val = (
+            Images(np.array([f"{name}/{i}" for i in range(n)]), labels, pixels.to(args.device))
+            for name, n, seed in (("train", 4000, 0), ("val", 1000, 1))
+            for pixels, labels in [demo_images(n, seed)])
+        bank, classes = train, [*"0123456789"]
+    else:
+        load = torchvision_data if args.data in ("cifar10", "cifar100", "stl10") else folder_data
+        if load is torchvision_data:  # rank 0 downloads what is missing
+            on_rank_0(lambda: load(args, download=True) and None)
+        train, bank, val, classes = everywhere(lambda: load(args))
+        if load is folder_data:
+            train, val = (images and load_pixels(images, args) for images in (train, val))
+            bank = val and (train if train.pixels is not None else bank)
+    if labels and val is None:
+        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a folder "
+                        "per class")
+    if getattr(args, "batch_size", 0) > len(train):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
+                        f"{args.data}")
+    names = "\n".join(os.fsdecode(name) for name in train.names)
+    say(f"{args.data}: {len(train)} images, "
+        + ("on disk" if train.pixels is None else f"in memory on {args.device.type}")
+        + (f", {len(classes)} classes" if val else ", no labels: kNN off"))
+    return SimpleNamespace(train=train, bank=bank, val=val, classes=classes, digest=(
+        f"{len(train)}-{hashlib.sha256(names.encode(errors='replace')).hexdigest()[:8]}"))
+
+
+# same as simsiam.py
+def torchvision_data(args, download: bool = False):
+    """CIFAR-10, CIFAR-100 or STL-10."""
+    stl = args.data == "stl10"
+    parts = []
+    for split in ("train", "test", *["train+unlabeled"] * (stl and args.stage == "pretrain")):
+        how = {"split": split} if stl else {"train": split == "train"}
+        try:
+            data = getattr(torchvision.datasets, args.data.upper())(
+                args.data_root, download=download, **how)
+        except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
+            raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
+                            f"{str(error).splitlines()[0]}") from None
+        pixels = torch.from_numpy(data.data if stl else data.data.transpose(0, 3, 1, 2).copy())
+        names = np.array([f"{args.data}/{split}/{i}" for i in range(len(pixels))])
+        labels = torch.tensor(data.labels if stl else data.targets).long()
+        parts.append(Images(names, labels, pixels if download else pixels.to(args.device)))
+    return parts[-1] if len(parts) > 2 else parts[0], parts[0], parts[1], data.classes
+
+
+# same as simsiam.py
+def folder_data(args):
+    """train/ and val/ with a folder per class, or else every image in the tree, without labels."""
+    if not os.path.isdir(args.data):
+        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, "
+                        "stl10")
+    folders = [os.path.join(args.data, name) for name in ("train", "val")]
+    if not all(map(os.path.isdir, folders)):
+        return find_images(args.data), None, None, None
+    classes = sorted(entry.name for entry in os.scandir(folders[0]) if entry.is_dir())
+    if len(classes) < 2:
+        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or "
+                        f"more; for images without labels give --data {folders[0]}")
+    train, val = map(find_images, folders)
+    for folder, images in zip(folders, (train, val)):
+        names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
+        strange = sorted(set(names) - set(classes))
+        if strange and args.stage == "embed":
+            return find_images(args.data), None, None, None
+        if strange:
+            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
+                            f"of {folders[0]}; for images without labels give --data {folder}")
+        images.labels = torch.from_numpy(np.searchsorted(classes, names))
+    # At most about 128,000, a tenth of ImageNet's, if they are to be read from disk: ours, for speed.
+    some = slice(None, None, max(1, round(len(train) / 128_000)))
+    return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
+
+
+# same as simsiam.py
+def find_images(root: str) -> Images:
+    """Every JPEG, PNG and WebP file under root, at any depth, in the order of their names."""
+    names = sorted(os.path.relpath(os.path.join(folder, name), root)
+                   for folder, _, files in os.walk(root, followlinks=True) for name in files
+                   if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
+    if not names:
+        raise UserError(f"no JPEG, PNG or WebP image under {root}")
+    # Bytes in one array: a list of a million strings would be copied into every loader process.
+    return Images(np.array([os.fsencode(name) for name in names]), root=root, total=len(names))
+
+
+# same as simsiam.py
+def load_pixels(images: Images, args) -> Images:
+    """Takes the images into memory if they have one size of at most 128 px and fit into 2 GB."""
+    n, (x, _) = len(images), images.read(0)
+    if max(x.shape) > 128 or n * x.numel() > 2e9:
+        return images
+    pixels, shown = torch.empty(n, *x.shape, dtype=torch.uint8), torch.arange(n)
+    with ThreadPoolExecutor(args.workers or 1) as pool:
+        for part in shown.clone().split(1024):
+            for i, (x, j) in zip(part, pool.map(images.read, part.tolist())):
+                if x.shape != pixels.shape[1:]:
+                    return images
+                pixels[i], shown[i] = x, j
+    report_unreadable(images, torch.arange(n), shown)
+    labels = None if images.labels is None else images.labels[shown]
+    return replace(images, pixels=pixels.to(args.device), labels=labels)
+
+
+# same as simsiam.py
+class Stage1(Dataset):
+    """The first stage of the augmentation, in the loader's processes: decode, crop, resize, flip.
+
+    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: resized so
+    that the shorter side is margin times S, centre. Gives uint8 [views, 3, S, S] and the index
+    shown.
+    """
+
+    def __init__(self, images: Images, size: int, crop_min: float, margin: float):
+        self.images, self.size, self.crop_min, self.margin = images, size, crop_min, margin
+
+    def __getitem__(self, key) -> tuple[Tensor, int]:
+        x, shown = self.images.read(key[0])
+        if key[1] is None:
+            x = vision.resize(x, [round(self.size * self.margin)], antialias=True)
+            return vision.center_crop(x, [self.size, self.size])[None], shown
+        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min)
+        views = []
+        for *box, flip in zip(*(box.tolist() for box in boxes)):
+            view = vision.resized_crop(x, *box, [self.size, self.size], antialias=True)
+            views.append(view.flip(2) if flip else view)
+        return torch.stack(views), shown
+
+
+# same as simsiam.py
+def ignore_signals(worker: int) -> None:
+    """Loader processes are ended by their parent, not by the signal that asks it to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# same as simsiam.py
+def load(args, images: Images, wanted, crop_min: float = 1.0):
+    """The first stage for wanted, an iterable of (indices [b], crop draws [b, views, CROP_DRAWS] or
+    None for the test view). Yields crops [views * b, 3, S, S] in [0, 1] on the device, all images'
+    first view before the second, and the indices shown [b]: others than wanted where unreadable."""
+    size = args.image_size
+    margin = 1 if args.small_images else 8 / 7  # 256 for 224 px: authors' code; nothing at 32 px
+    if images.pixels is None:
+        keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
+                for index, crop in wanted)
+        for x, shown in DataLoader(Stage1(images, size, crop_min, margin), batch_sampler=keys,
+                                   num_workers=args.workers, worker_init_fn=ignore_signals,
+                                   pin_memory=args.device.type == "cuda"):
+            x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            yield x.to(args.dtype) / 255, shown
+        return
+    height, width = images.pixels.shape[2:]
+    side = round(min(height, width) / margin)
+    centre = ((height - side) // 2, (width - side) // 2, side, side, False)
+    for index, crop in wanted:
+        x = images.pixels[index.to(args.device)].to(args.dtype) / 255
+        boxes = [[torch.tensor([value]).expand(len(x)) for value in centre]] if crop is None else [
+            crop_boxes(u, height, width, crop_min) for u in crop.unbind(1)]
+        yield torch.cat([resized_crop(x, box, size) for box in boxes]), index
+
+
+# same as simsiam.py
+def batches(args, images: Images, start: int, stop: int, views: int):
+    """What the steps start .. stop - 1 need: crops and indices as from load(), and with them the
+    colour draws [views * b, COLOUR_DRAWS] for the second stage."""
+    drawn, again = itertools.tee(draw_step(args, len(images), step, views)
+                                 for step in range(start, stop))
+    crops = load(args, images, ((index, crop) for index, crop, _ in again), args.crop_min)
+    for (x, shown), (index, _, colour) in zip(crops, drawn):
+        yield SimpleNamespace(crops=x, colours=colour.transpose(0, 1).flatten(0, 1), wanted=index,
+                              shown=shown)
+
+
+# same as simsiam.py
+def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
+    """Names each image that could not be read, once. Every process must call it."""
+    found = [wanted[wanted != shown].tolist()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, found[0])
+    for i in sorted({i for part in found for i in part}):
+        if images.path(i) not in images.unreadable:
+            images.unreadable.add(images.path(i))
+            say(f"unreadable, another image stands in for it: {images.path(i)}")
+    count = len(images.unreadable)
+    if count > max(1, images.total / 100) or count >= max(1, images.total):
+        raise UserError(f"{count} images under {images.root} are unreadable, more "
+                        "than 1 %: mend or remove the files named above")
+
+
+# ------------------------------------------------------------------------------------- kNN monitor
+
+
+# same as simsiam.py
+@torch.no_grad()
+def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
+    """The encoder's output, in eval mode, for the test view of each image -> [n, feature_dim] and
+    the indices of the images shown [n], the same in every process."""
+    training = encoder.training
+    encoder.eval()
+    n = len(images)
+    # Every world_size-th image, the first ones again at the end where the others have one more.
+    mine = (torch.arange(-(-n // world_size())) * world_size() + rank()) % n
+    rows, shown = [], []
+    for x, index in load(args, images, ((part, None) for part in mine.split(256))):
+        x = normalize(x, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        with autocast(args):
+            rows.append(encoder(x).to(args.dtype))
+        shown.append(index)
+    encoder.train(training)
+    rows, shown = torch.cat(rows), torch.cat(shown)
+    report_unreadable(images, mine, shown)
+    rows, shown = (all_gather(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:n]
+                   for part in (rows, shown))
+    return rows, shown
+
+
+# same as simsiam.py
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int,
+                 temperature: float) -> float:
+    """Share of queries whose class wins the vote of their k nearest in the bank, each neighbour's
+    vote weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978, Sec. 3.4).
+
+    bank [n, d], bank_labels [n], queries [m, d], labels [m] -> in [0, 1].
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    right = 0
+    for query, label in zip(queries.split(1024), labels.split(1024)):
+        cosine, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=query.device)
+        weight = torch.exp((cosine - cosine[:, :1]) / temperature)  # the largest is 1: no overflow
+        votes.scatter_add_(1, bank_labels[nearest], weight)
+        right += (votes.argmax(dim=1) == label).sum().item()
+    return right / len(labels)
+
+
+# same as simsiam.py
+def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
+    """kNN accuracy of the encoder's features: bank of training images, queries from val."""
+    if data.val is None or not args.knn_every or epoch % args.knn_every and epoch < args.epochs:
+        return {}
+    (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
+    labels = [images.labels[k.cpu()].to(args.device)
+              for images, k in ((data.bank, i), (data.val, j))]
+    result = {"knn": knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
+                                  args.knn_temperature)}
+    if epoch == 0:
+        say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
+            f"images, {len(queries)} queries")
+        if args.data == "demo":  # what the pixels give away without any network
+            pixels = [images.pixels.flatten(1).float() / 255 - 0.5 for images in (data.bank, data.val)]
+            result["knn_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1],
+                                                args.knn_k, args.knn_temperature)
+    return result
+
+
+class QueueMonitor:
+    """The paper's kNN monitor within an epoch (App. A): the bank is a queue of features that training
+    has made anyway, of augmented images, a tenth of the training set long.
+
+    Each process keeps its share. The queries are 1,000 validation images, always the same: so few
+    and so rarely, and the curve costs next to nothing. After a resume the queue fills first.
+    """
+
+    def __init__(self, data, args):
+        self.args, self.queue, self.x = args, [], None
+        self.steps = max(1, len(data.train) // 10 // args.batch_size)  # that fill the queue
+        self.every = args.knn_every_steps if data.val is not None else 0
+        if self.every:
+            some = (torch.arange(min(1000, len(data.val))) * len(data.val)) // min(1000, len(data.val))
+            parts = [*load(args, data.val, ((i, None) for i in some.split(250)))]
+            shown = torch.cat([index for _, index in parts])
+            report_unreadable(data.val, some, shown)
+            self.x = torch.cat([(x * 255).round().byte() for x, _ in parts])
+            self.labels = data.val.labels[shown.cpu()].to(args.device)
+
+    @torch.no_grad()
+    def __call__(self, encoder: nn.Module, h: Tensor, labels: Tensor, step: int) -> dict[str, float]:
+        """Adds features h [b, feature_dim] and labels [b] of a step; kNN accuracy if it is due."""
+        if not self.every:
+            return {}
+        self.queue = [*self.queue[1 - self.steps or 1:], (h.float(), labels)]
+        if step % self.every or len(self.queue) < self.steps:
+            return {}
+        bank, bank_labels = (all_gather(torch.cat(part)) for part in zip(*self.queue))
+        training = encoder.training
+        encoder.eval()
+        queries = []
+        for x in self.x.split(250):
+            x = normalize(x.to(self.args.dtype) / 255, self.args.mean, self.args.std)
+            with autocast(self.args):
+                queries.append(encoder(x.contiguous(memory_format=torch.channels_last)))
+        encoder.train(training)
+        k = min(self.args.knn_k, max(1, len(bank) // 20))  # small sets have a short queue: our choice
+        return {"knn_queue": knn_accuracy(bank, bank_labels, torch.cat(queries), self.labels, k,
+                                          self.args.knn_temperature)}
+
+
+def report_dips(run: "Run") -> None:
+    """The largest fall of the kNN curve below its highest value so far, said and logged: what
+    instability looks like, while the final accuracy hides it (Sec. 4.1)."""
+    if rank() != 0:
+        return
+    with open(run.path("log.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    name = "knn_queue" if any("knn_queue" in line for line in lines) else "knn"
+    best, dip = 0.0, {"dip": 0.0, "dip_step": 0}
+    for line in lines:
+        if name in line:
+            best = max(best, line[name])
+            if best - line[name] > dip["dip"]:
+                dip = {"dip": best - line[name], "dip_step": line["step"]}
+    if best:
+        run.log(**dip, dip_of=name)
+        say(f"largest fall of the kNN curve ({name}): {100 * dip['dip']:.1f} points, at step "
+            f"{dip['dip_step']}")
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+
+# same as simsiam.py
+class Run:
+    """The run folder: lock, log.jsonl, views.png, last.pt, previous.pt, encoder.pt.
+
+    Opening it finds the checkpoint to go on from (state; None at the start) and refuses a folder
+    that another run uses, or that holds a run with other settings. Rank 0 alone writes.
+    """
+
+    def __init__(self, args, data):
+        self.args, self.board, self.corrupt, self.step = args, None, False, None
+        self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
+                       "recipe": args.recipe, "seed": args.seed,
+                       "init": args.initial and args.initial.digest,
+                       **{name: getattr(args, name) for name in args.fields}}
+        found = on_rank_0(self.claim)
+        self.state = everywhere(lambda: load_file(found)) if found else None
+        self.start = self.state["step"] if self.state else 0  # the step to do next
+        on_rank_0(self.open_log)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.args.out, name)
+
+    def claim(self) -> str | None:
+        """Locks the folder and looks for a checkpoint of this very run."""
+        try:
+            os.makedirs(self.args.out, exist_ok=True)
+            self.lock = open(self.path("lock"), "w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
+                            "another --out") from None
+        except (OSError, ValueError) as error:  # the latter: a character that no path may have
+            raise UserError(f"--out {self.args.out!r}: {error}") from None
+        if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
+                if os.path.exists(self.path(name)):
+                    os.remove(self.path(name))
+        last, previous = self.path("last.pt"), self.path("previous.pt")
+        for path in filter(os.path.exists, (last, previous)):
+            try:
+                config = load_file(path)["config"]
+            except (UserError, KeyError, TypeError):
+                say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
+                self.corrupt = True
+                continue
+            self.compare(config)
+            return path
+        if self.corrupt:
+            raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
+        log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
+        if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
+            try:
+                with open(log) as file:
+                    self.compare(json.loads(file.readline())["config"])
+            except (ValueError, KeyError, TypeError, AttributeError, OSError):
+                raise UserError(f"{log} is none of ours: give another --out") from None
+        return None
+
+    def compare(self, theirs: dict) -> None:
+        theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
+        differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
+                  if theirs.get(name) != ours.get(name) and name not in ("data", "recipe")]
+        if differ:  # "images" tells data sets apart wherever they lie
+            raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
+                            "another --out, or --fresh to start over")
+
+    def open_log(self) -> None:
+        """Cuts the log back to the checkpoint, so that no step stands in it twice."""
+        if self.state and self.state["finished"]:
+            return
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard first") from None
+            self.board = SummaryWriter(self.args.out, purge_step=self.start)
+        resumed = self.state and os.path.exists(self.path("log.jsonl"))
+        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
+        if resumed:
+            self.file.truncate(self.state["log_bytes"])
+            self.file.seek(0, os.SEEK_END)
+            say(f"{self.args.out}: going on from step {self.start}")
+        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
+               "--dirty", "--exclude=*"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        except OSError:  # no git here
+            commit = None
+        cuda = self.args.device.type == "cuda"
+        self.log(
+            **{"resumed": self.start} if resumed else {"config": self.config},
+            versions={"python": platform.python_version(), "torch": torch.__version__,
+                      "torchvision": torchvision.__version__, "numpy": np.__version__},
+            hardware=(f"{torch.cuda.get_device_name() if cuda else cpu_info('model name')}, "
+                      f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+                      f"{world_size()} processes"),
+            command=shlex.join(sys.argv), commit=commit)
+
+    def log(self, **record) -> None:
+        """One JSON object a line; with --tensorboard its numbers are scalars too."""
+        if rank() == 0:
+            try:
+                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path('log.jsonl')}: {error.strerror}; the same command goes "
+                                "on from the last checkpoint") from None
+            if self.board and "step" in record:
+                for name in record.keys() - {"step", "epoch"}:
+                    self.board.add_scalar(name, record[name], record["step"])
+                self.board.flush()
+
+    def save(self, model: nn.Module, optimizer, keep: bool = False, **state) -> None:
+        """last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
+        on_rank_0(lambda: self.write(model, optimizer, keep, state))
+
+    def write(self, model: nn.Module, optimizer, keep: bool, state: dict) -> None:
+        state |= {"config": self.config, "log_bytes": self.file.tell(),
+                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        try:
+            os.fsync(self.file.fileno())
+            last, older = self.path("last.pt"), "corrupt.pt" if self.corrupt else "previous.pt"
+            write_file(self.path("new.pt"), lambda file: torch.save(state, file))
+            if os.path.exists(last) and self.step != state["step"]:  # else it is the same once more
+                os.replace(last, self.path(older))
+            os.replace(self.path("new.pt"), last)
+            self.corrupt, self.step = False, state["step"]
+            if keep:
+                shutil.copy(last, self.path(f"step{state['step']}.pt"))
+            write_encoder(model.encoder, self.args)
+        except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
+            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint "
+                            "there is whole, and the same command goes on from it") from None
+
+    def save_views(self, images: Images, views: int, augmented) -> None:
+        """views.png: eight images in the test view, then their views as training sees them."""
+        args = argparse.Namespace(**vars(self.args))
+        args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
+
+        def draw():
+            batch = next(batches(args, images, 0, 1, views))
+            rows, _ = next(load(args, images, [(batch.wanted, None)]))
+            mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
+            rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
+            picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
+            try:
+                torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"could not write {self.path('views.png')}: {error}") from None
+            if self.board:
+                self.board.add_image("views", picture)
+
+        on_rank_0(draw)
+
+
+# same as simsiam.py
+def write_file(path: str, write) -> None:
+    """write(file), waits for the disk, then renames: the file at path is never half written."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+# same as simsiam.py
+def write_encoder(encoder: nn.Module, args) -> None:
+    """encoder.pt, the weights with torchvision's or timm's names, and what they are for beside it."""
+    weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
+    about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
+    path = os.path.join(args.out, "encoder")
+    write_file(path + ".pt", lambda file: torch.save(weights, file))
+    write_file(path + ".json", lambda file: file.write(json.dumps(about).encode()))
+
+
+# same as simsiam.py
+def load_file(path: str, device="cpu"):
+    """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path} (several hosts need a disk that all see)") from None
+    except Exception as error:  # torch.load has no error class of its own
+        raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
+                        f"values ({type(error).__name__})") from None
+
+
+def read_official(file: dict) -> tuple[dict, dict]:
+    """An authors' checkpoint as a state dict with our names, and the settings it implies.
+
+    In theirs module.base_encoder.* and module.momentum_encoder.* are the backbones and, as head.* or
+    fc.*, the projectors; in their linear checkpoints module.* has timm's or torchvision's names.
+    """
+    state, arch = file["state_dict"], file["arch"]
+    settings = {"arch": arch.replace("conv_", ""), "stem": "conv" if "conv" in arch else "patch",
+                "patch_size": 16, "position": "sincos", "pooling": "class", "mlp_norm": "layer",
+                "width": 1.0, "small_images": False, "image_size": 224}
+    if settings["arch"].removeprefix("vit_") in VITS:
+        settings["heads"] = VITS[settings["arch"].removeprefix("vit_")][2]
+    if any(name.startswith("module.base_encoder.") for name in state):
+        new = {}
+        for name, x in state.items():
+            name = name.removeprefix("module.").replace("base_encoder.", "encoder.")
+            for side in ("encoder.", "momentum_encoder."):
+                for projector in ("head.", "fc."):
+                    if name.startswith(side + projector):
+                        name = side.replace("encoder", "projector") + name[len(side + projector):]
+            new[name] = x
+        return new, settings
+    return {"encoder." + name.removeprefix("module."): x for name, x in state.items()
+            if not name.startswith(("module.fc.", "module.head."))}, settings
+
+
+# same as simsiam.py
+def read_init(args) -> SimpleNamespace:
+    """--init as a state dict with our names, of the whole model or the encoder, and its digest.
+
+    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt, for
+    which encoder.json does if it lies beside; and the authors' checkpoints (pre-training, linear).
+    """
+    file, settings = load_file(args.init), {}
+    try:
+        if "config" in file:
+            state, settings = file["model"], file["config"]
+        elif "arch" in file:
+            state, settings = read_official(file)
+        else:
+            state = {f"encoder.{name}": x for name, x in file.items()}
+            if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
+                with open(about) as text:
+                    settings = json.load(text)
+        settings = {name: settings[name] for name in ENCODER if name in settings}
+        digest = hashlib.sha256()
+        for name in sorted(state):
+            digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
+    except (AttributeError, KeyError, TypeError, ValueError, OSError):
+        raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
+                        "official checkpoint") from None
+    if settings.get("arch", args.arch) not in CHOICES["arch"]:
+        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does not "
+                        "build")
+    for name, value in settings.items():
+        given = args.given.get(name, value)
+        if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
+            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
+                            "the flag out")
+        setattr(args, name, value)
+    return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
+
+
+# same as simsiam.py
+def load_initial(model: nn.Module, args) -> None:
+    """Loads --init strictly: all of it if the stage is pretrain and the file has heads."""
+    state = args.initial.state
+    if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
+        model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
+        state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    own = model.state_dict()
+    wrong = [f"no {name}" for name in own.keys() - state.keys()]
+    wrong += [f"unknown {name}" for name in state.keys() - own.keys()]
+    wrong += [f"{name} of shape {[*state[name].shape]} for {[*own[name].shape]}"
+              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width {args.width:g} and "
+                        f"the other settings: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # what a module itself finds wrong with its weights
+        raise UserError(f"--init {args.init}: {str(error).splitlines()[-1].strip()}") from None
+
+
+# -------------------------------------------------------------------------------------------- loop
+
+# same as simsiam.py
+STOP = threading.Event()  # set by SIGTERM (SLURM, spot machines) and Ctrl-C: save and end
+
+
+# same as simsiam.py
+@contextlib.contextmanager
+def signals_caught():
+    """Within, SIGTERM and the first Ctrl-C set STOP; a second Ctrl-C means it."""
+    def catch(number, frame):
+        STOP.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    STOP.clear()
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# same as simsiam.py
+@signals_caught()
+def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
+        views: int) -> bool:
+    """The loop of every stage that trains; returns whether the run came to its end now.
+
+    step_function(batch, epoch) -> loss [] and what the monitor wants; monitor(that) and
+    evaluate(epoch) -> numbers for the log, the latter before the first and after each epoch. Steps
+    count from 0 over the whole run.
+    """
+    per_epoch = len(data.train) // args.batch_size  # what is left over in an epoch is dropped
+    total = args.epochs * per_epoch
+    stop = max(run.start, min(total, args.steps or total))
+    evaluated = False
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        if run.state["finished"]:
+            say(f"{args.out} is finished; --fresh starts over")
+            return False
+        evaluated, run.state = run.state["evaluated"], None  # frees the memory
+    model.train()
+    began = saved = mark = time.time()  # mark: when the interval since the last log line began
+    waited, first, losses = 0.0, run.start, torch.zeros((), device=args.device)
+
+    def save(step, evaluated=False):
+        keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
+        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
+                 finished=evaluated and step == total)
+
+    def evaluate_at(step):
+        if record := evaluate(step // per_epoch):
+            run.log(epoch=step // per_epoch, step=step, **record)
+            say(f"epoch {step // per_epoch}/{args.epochs}  "
+                + "  ".join(f"{name} {100 * value:.1f} %" for name, value in record.items()))
+
+    if run.start % per_epoch == 0 and not evaluated:
+        evaluate_at(run.start)
+        mark = time.time()
+    stream = batches(args, data.train, run.start, stop, views)
+    for step in range(run.start, stop):
+        now = time.time()
+        batch = next(stream)
+        waited += time.time() - now
+        loss, seen = step_function(batch, step / per_epoch)
+        losses += loss
+        # On the CPU, so that no GPU is waited for; summed, so that all processes take one turn.
+        stopping, bad, saving = sum_over_processes(torch.tensor(
+            [STOP.is_set(), (batch.wanted != batch.shown).sum(),
+             rank() == 0 and time.time() - saved > 60 * args.save_every])).tolist()
+        if bad:
+            report_unreadable(data.train, batch.wanted, batch.shown)
+        ended = (step + 1) % per_epoch == 0
+        saving = saving or stopping or ended or step + 1 == stop
+        if saving or step % args.log_every == 0:
+            loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
+            norms = torch.stack(torch._foreach_norm([*model.parameters()]))
+            if not (losses.isfinite() and norms.isfinite().all()):
+                raise UserError(f"loss or weights stopped being finite in the steps {first} to {step}; "
+                                f"{run.path('last.pt')} is from before, if there is one: try a lower "
+                                "--base-lr, or --precision fp32")
+            count, seconds = step + 1 - first, time.time() - mark
+            record = dict(
+                epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
+                lr=optimizer.param_groups[0]["lr"], **monitor(seen),
+                images_per_s=round(count * args.batch_size / seconds, 1),
+                data_wait=round(waited / seconds, 4), memory_gb=round(peak_memory(args.device), 3),
+                seconds=round(time.time() - began, 1))
+            run.log(**record)
+            left = int((total - step - 1) * seconds / count)
+            say("  ".join(f"{name} {value:.4g}" for name, value in record.items())
+                + f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+            if ended and waited > 0.3 * seconds and data.train.pixels is None:
+                say("a third of the time went by waiting for images: give more --workers")
+            waited, first, losses, mark = 0.0, step + 1, torch.zeros_like(loss), time.time()
+        if saving:
+            save(step + 1)
+            saved = time.time()
+        if stopping:
+            say(f"stopped and saved after step {step}; the same command goes on")
+            return False
+        if ended:
+            evaluate_at(step + 1)
+            mark = time.time()
+    save(stop, evaluated=stop % per_epoch == 0)
+    say(f"finished: {args.out}" if stop == total else f"paused at step {stop} of {total}")
+    return stop == total
+
+
+# same as simsiam.py
+def peak_memory(device: torch.device) -> float:
+    """In GB: the GPU's, or else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ------------------------------------------------------------------------- linear evaluation, embed
+
+
+# same as simsiam.py
+class LinearProbe(nn.Module):
+    """A linear classifier on the frozen encoder, whose batch norms stay in eval mode."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.fc = nn.Linear(encoder.feature_dim, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)  # MoCo, arXiv:1911.05722, code; SimSiam's too
+        nn.init.zeros_(self.fc.bias)
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.encoder(x)
+        return self.fc(h)
+
+
+# same as simsiam.py
+def linear(args) -> None:
+    """Linear evaluation: crops and flips, cross-entropy, cosine decay per epoch."""
+    data = load_data(args, labels=True)
+    model = LinearProbe(build_encoder(args), len(data.classes))
+    net = prepare(model, args)
+    lr = args.base_lr * args.batch_size / 256
+    kind = functools.partial(LARS, exclude_1d=False) if args.optimizer == "larc" else torch.optim.SGD
+    optimizer = kind(model.fc.parameters(), lr=lr, momentum=args.momentum,
+                     weight_decay=args.weight_decay)
+    run = Run(args, data)
+    say(f"protocol: linear classifier on the frozen encoder (eval mode), {args.optimizer}, lr "
+        f"{args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, {args.epochs} epochs, crops and flips; "
+        f"top-1 of the last epoch on {len(data.val)} val images")
+    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
+    h, shown = features(model.encoder, data.val, args)  # once, for the encoder does not change
+    val_labels = data.val.labels[shown.cpu()].to(args.device)
+
+    def step(batch, epoch):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * int(epoch) / args.epochs)) / 2
+        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        labels = data.train.labels[batch.shown].to(args.device)
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=args.device, dtype=args.dtype)
+        for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
+            with autocast(args):
+                logits = net(x)
+            part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
+            part.backward()
+            loss += part.detach()
+        optimizer.step()
+        return loss, None
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        return {"top1": (model.fc(h).argmax(dim=1) == val_labels).sum().item() / len(h)}
+
+    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
+
+
+# same as simsiam.py
+def embed(args) -> None:
+    """features.pt: features [n, feature_dim], paths, labels (or None), classes, of every image."""
+    data = load_data(args)
+    model = nn.Module()
+    model.encoder = build_encoder(args)
+    prepare(model, args)
+    rows, paths, labels = [], [], []
+    for images in filter(None, (data.train, data.val)):
+        h, _ = features(model.encoder, images, args)
+        good = [i for i in range(len(images)) if images.path(i) not in images.unreadable]
+        rows.append(h[good].cpu())
+        paths += [images.path(i) for i in good]
+        labels += images.labels[good].tolist() if data.val else []
+    result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
+              "classes": data.classes}
+    path = os.path.join(args.out, "features.pt")
+
+    def write():
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            write_file(path, lambda file: torch.save(result, file))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"could not write {path}: {error}") from None
+
+    on_rank_0(write)
+    say(f"{path}: features {[*result['features'].shape]}")
+
+
+def export(args) -> None:
+    """encoder.pt and encoder.json of --init's backbone, without its heads."""
+    model = nn.Module()
+    model.encoder = build_encoder(args)
+    prepare(model, args)
+
+    def write():
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            write_encoder(model.encoder, args)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"could not write to {args.out}: {error}") from None
+
+    on_rank_0(write)
+    timm_heads(model.encoder, args)
+    say(f"{os.path.join(args.out, 'encoder.pt')}: {args.arch}")
+
+
+def timm_heads(encoder: nn.Module, args) -> None:
+    """Says what timm needs to be told so that encoder.pt means the same there."""
+    own = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}  # timm's default head counts
+    size = args.arch.removeprefix("vit_")
+    if size in own and args.heads != own[size]:
+        say(f"encoder.pt has {args.heads} heads; timm's {args.arch} has {own[size]} and would load it "
+            f"without a word: give it num_heads={args.heads}")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one stage; returns the exit code: 0, or 2 after one sentence about a user's mistake."""
+    try:
+        args = parse_args(argv)
+        setup(args)
+        {"pretrain": pretrain, "linear": linear, "embed": embed, "export": export}[
+            args.stage](args)
+        return 0
+    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+        if rank() == 0:
+            print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all processes when one ends: let rank 0 speak first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3)
+        return 2
+    finally:
+        if dist.is_initialized():
+            # Gloo's thread lets go of the last collective's tensor, which takes the interpreter's
+            # lock, and destroying holds that lock while it waits for the thread: give it the time.
+            # Without this, one of five runs of two processes hung at its end (torch 2.6).
+            time.sleep(0.2)
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
