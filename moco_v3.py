@@ -77,76 +77,76 @@ from common import BLOCKS, LARS, VITS, ViT, demo_images, resnet, synchronize_bat
 
 # ----------------------------------------------------------------------------------------- recipes
 
-# Every field is also a flag (--base-lr 1e-4). All ImageNet columns: authors' code (CONFIG.md), which
-# trains vit_base like vit_small; that vit_large and vit_huge (with --patch-size 14) are trained like
-# them is our choice, for theirs are not public. There are no published CIFAR recipes: the ResNet's is
-# community, solo-learn's, but for lr, as its LARS is another; the ViT's and the demo are our choice.
+# Every field is also a flag (--base-lr 1e-4). The ImageNet columns are the authors' code's (CONFIG.md);
+# it trains vit_base like vit_small. That vit_large, and vit_huge with --patch-size 14, are trained so
+# too is our choice: their settings are not public. Nor are there any for CIFAR: the ResNet's column is
+# community, solo-learn's, the ViT's and the demo are our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-r50-100", "imagenet-r50-300", "imagenet-r50-1000",
                 "cifar", "cifar-resnet", "demo")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # community: solo-learn
 PRETRAIN = {
-    # ----------------------- ViT, 300 ---- R50: 100, 300, 1000 epochs -- CIFAR: ViT, ResNet --- demo
-    "arch":                   ("vit_small", *("resnet50",) * 3, "vit_tiny", "resnet18", "vit_mini"),
-    "width":                  (1.0,) * 7,           # of a ResNet: channels relative to the paper's
-    "small_images":           (False, *(False,) * 3, True, True, True),  # ResNet's 3x3 stem; test view
-    #                        without a margin. community: SimCLR, App. B.9
-    "zero_init_residual":     (True,) * 7,          # ResNet: authors' code
-    "patch_size":             (16, *(16,) * 3, 4, 4, 8),        # Table 2; huge: 14. Sec. 6.3: 7
-    "heads":                  (0,) * 7,             # 0: Table 2's, 12 for vit_small (timm and DeiT: 6)
-    "stem":                   ("patch",) * 7,       # conv: authors' code, arXiv:2106.14881
-    "mlp_norm":               ("layer",) * 7,       # batch: ViT-BN, Sec. 6.3
-    "position":               ("sincos",) * 7,      # Sec. 6.2: learned, none
-    "pooling":                ("class",) * 7,       # Sec. 6.2: mean, mean-no-norm
-    "patch_projection":       ("frozen", *("learned",) * 3, "frozen", "learned", "frozen"),  # Sec. 4.2
-    "projector_layers":       (3, 2, 2, 2, 3, 2, 3),            # App. A (ViT); authors' code
-    "hidden_dim":             (4096, *(4096,) * 3, 4096, 4096, 512),  # App. A | community: solo-learn
-    "dim":                    (256, *(256,) * 3, 256, 256, 128),      # C. App. A | community: solo-learn
-    "predictor":              ("mlp",) * 7,         # Sec. 6.2: none
-    "predictor_output_bn":    (True, *(False,) * 3, True, False, True),  # App. A (ViT); authors' code
-    "bn":                     ("default",) * 7,     # in the heads. Sec. 6.2: none (batch 2048)
-    # ------------------------- optimisation
-    "optimizer":              ("adamw", *("lars",) * 3, "adamw", "lars", "adamw"),  # App. A; lamb: 4.1
-    "epochs":                 (300, 100, 300, 1000, 800, 1000, 6),
-    "batch_size":             (4096, *(4096,) * 3, 512, 256, 100),    # all processes together
-    "base_lr":                (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),  # lr: base_lr * batch / 256;
-    #                        6.0: solo-learn's 0.3 by its trust coefficient, 20 times ours
-    "warmup_epochs":          (40.0, *(10.0,) * 3, 40.0, 10.0, 1.0),
-    "momentum":               (0.9,) * 7,           # of LARS
-    "weight_decay":           (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on everything
-    "temperature":            (0.2, *(1.0,) * 3, 0.2, 0.2, 0.2),      # tau | community: solo-learn
-    "ema_momentum":           (0.99, 0.99, 0.99, 0.996, 0.99, 0.99, 0.5),  # m at the start. Sec. 6.2
-    "ema_schedule":           ("cosine",) * 7,      # to 1 at the end; constant: m stays
-    "precision":              (*("auto",) * 6, "fp32"),  # auto: bf16 where native, else fp32: ours
-    "grad_checkpoint":        (False,) * 7,         # less memory: a ViT's blocks are computed twice
-    # ------------------------- augmentation; pairs: first and second view. authors' code (BYOL's)
-    "image_size":             (224, *(224,) * 3, 32, 32, 32),  # pixels
-    "crop_min":               (0.08, *(0.2,) * 3, 0.2, 0.2, 0.75),    # least share of the area
-    "jitter":                 ((0.4, 0.4, 0.2, 0.1),) * 7,     # brightness, contrast, saturation, hue
-    "jitter_prob":            (0.8,) * 7,
-    "gray_prob":              (0.2,) * 7,
-    "blur_prob":              (*((1.0, 0.1),) * 4, *((0.0, 0.0),) * 3),  # community: none at 32 px
-    "solarize_prob":          (*((0.0, 0.2),) * 6, (0.0, 0.0)),
-    "mean":                   (*((0.485, 0.456, 0.406),) * 4, *((0.4914, 0.4822, 0.4465),) * 2,
-                               (0.5, 0.5, 0.5)),
-    "std":                    (*((0.229, 0.224, 0.225),) * 4, *((0.2470, 0.2435, 0.2616),) * 2,
-                               (0.25, 0.25, 0.25)),     # community: solo-learn (CIFAR-10's own)
-    # ------------------------- study of the instability, Sec. 4
-    "clip_patch_grad":        (0.0,) * 7,           # largest norm of the projection's gradient; 0: any
-    "knn_every_steps":        (50, *(50,) * 3, 20, 20, 20),    # App. A: "every tens of iterations"
-    # ------------------------- kNN. App. A refers to arXiv:1805.01978, whose values these are
-    "knn_k":                  (200,) * 7,
-    "knn_temperature":        (0.07,) * 7,
+    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------- cifar ---- cifar-resnet -- demo
+    "arch": ("vit_small", "resnet50", "resnet50", "resnet50", "vit_tiny", "resnet18", "vit_mini"),
+    "width":              (1.0,) * 7,          # of a ResNet, relative to the paper's; ours
+    "small_images":       (False, False, False, False, True, True, True),  # ResNet's stem of 3x3, as
+    #                    in SimCLR, arXiv:2002.05709, App. B.9; and no margin in the test view
+    "zero_init_residual": (True,) * 7,         # of a ResNet: authors' code
+    "patch_size":         (16, 16, 16, 16, 4, 4, 8),  # pixels. Table 2; huge 14. Sec. 6.3: 7
+    "heads":              (0,) * 7,            # 0: Table 2's, 12 for vit_small (DeiT's, timm's: 6)
+    "stem":               ("patch",) * 7,      # conv: authors' code, after arXiv:2106.14881
+    "mlp_norm":           ("layer",) * 7,      # batch: ViT-BN, Sec. 6.3
+    "position":           ("sincos",) * 7,     # Sec. 6.2: learned, none
+    "pooling":            ("class",) * 7,      # Sec. 6.2: mean, mean-no-norm
+    "patch_projection": ("frozen", "learned", "learned", "learned", "frozen", "learned", "frozen"),
+    #                    Sec. 4.2; ResNets have none
+    "projector_layers":   (3, 2, 2, 2, 3, 2, 3),  # App. A (ViT), authors' code (ResNet)
+    "hidden_dim":         (4096, 4096, 4096, 4096, 4096, 4096, 512),  # App. A; solo-learn
+    "dim":                (256, 256, 256, 256, 256, 256, 128),        # C. App. A; solo-learn
+    "predictor":          ("mlp",) * 7,        # Sec. 6.2: none
+    "predictor_output_bn": (True, False, False, False, True, False, True),  # as projector_layers
+    "bn":                 ("default",) * 7,    # in the heads. Sec. 6.2: none, with batch 2048
+    # ---------------- optimisation
+    "optimizer": ("adamw", "lars", "lars", "lars", "adamw", "lars", "adamw"),  # Sec. 4.1: lamb
+    "epochs":             (300, 100, 300, 1000, 800, 1000, 6),        # cifar-resnet: solo-learn
+    "batch_size":         (4096, 4096, 4096, 4096, 512, 256, 100),    # of all processes together
+    "base_lr":            (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),   # lr: base_lr * batch_size / 256
+    #                    6.0: solo-learn's 0.3 times its trust coefficient 0.02 over ours, 0.001
+    "warmup_epochs":      (40.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),  # cifar-resnet: solo-learn
+    "momentum":           (0.9,) * 7,          # of LARS
+    "weight_decay":       (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on everything
+    "temperature":        (0.2, 1.0, 1.0, 1.0, 0.2, 0.2, 0.2),        # tau
+    "ema_momentum":       (0.99, 0.99, 0.99, 0.996, 0.99, 0.99, 0.5),  # m at the start. Sec. 6.2
+    "ema_schedule":       ("cosine",) * 7,     # to 1 at the end; constant: m stays
+    "precision": ("auto", "auto", "auto", "auto", "auto", "auto", "fp32"),  # auto: bf16 if native
+    "grad_checkpoint":    (False,) * 7,        # ViT: less memory, for its blocks are computed twice
+    # ---------------- augmentation; a pair is for the first view and the second (App. A, authors' code)
+    "image_size":         (224, 224, 224, 224, 32, 32, 32),           # pixels
+    "crop_min":           (0.08, 0.2, 0.2, 0.2, 0.2, 0.2, 0.75),      # least share of the area
+    "jitter":             ((0.4, 0.4, 0.2, 0.1),) * 7,  # brightness, contrast, saturation, hue
+    "jitter_prob":        (0.8,) * 7,
+    "gray_prob":          (0.2,) * 7,
+    "blur_prob":          ((1.0, 0.1),) * 4 + ((0.0, 0.0),) * 3,      # community: none at 32 px
+    "solarize_prob":      ((0.0, 0.2),) * 6 + ((0.0, 0.0),),
+    "mean":               (IMAGENET_MEAN,) * 4 + (CIFAR_MEAN,) * 2 + ((0.5, 0.5, 0.5),),
+    "std":                (IMAGENET_STD,) * 4 + (CIFAR_STD,) * 2 + ((0.25, 0.25, 0.25),),
+    # ---------------- study of the instability, and kNN
+    "clip_patch_grad":    (0.0,) * 7,          # Sec. 4.2: norm that the gradient is cut to; 0: never
+    "knn_every_steps":    (50, 50, 50, 50, 20, 20, 20),  # App. A: "every tens of iterations"
+    "knn_k":              (200,) * 7,          # App. A refers to arXiv:1805.01978, whose values these
+    "knn_temperature":    (0.07,) * 7,         # are (recalled)
 }
 LINEAR = {  # authors' code (main_lincls.py); CIFAR and demo: our choice
-    # ----------------------- ViT, 300 ---- R50: 100, 300, 1000 epochs -- CIFAR: ViT, ResNet --- demo
-    "init_encoder":           ("encoder",) * 7,     # or momentum_encoder
-    "optimizer":              ("sgd",) * 7,
-    "base_lr":                (3.0, *(0.1,) * 3, 3.0, 0.1, 3.0),
-    "epochs":                 (90, *(90,) * 3, 100, 100, 30),
-    "batch_size":             (1024, *(1024,) * 3, 256, 256, 250),
-    "momentum":               (0.9,) * 7,
-    "weight_decay":           (0.0,) * 7,
-    "crop_min":               (0.08, *(0.08,) * 3, 0.08, 0.08, 0.4),
-    "precision":              PRETRAIN["precision"],
+    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------- cifar ---- cifar-resnet -- demo
+    "init_encoder":       ("encoder",) * 7,    # or momentum_encoder, of --init
+    "optimizer":          ("sgd",) * 7,
+    "base_lr":            (3.0, 0.1, 0.1, 0.1, 3.0, 0.1, 3.0),
+    "epochs":             (90, 90, 90, 90, 100, 100, 30),
+    "batch_size":         (1024, 1024, 1024, 1024, 256, 256, 250),
+    "momentum":           (0.9,) * 7,
+    "weight_decay":       (0.0,) * 7,
+    "crop_min":           (0.08, 0.08, 0.08, 0.08, 0.08, 0.08, 0.4),
+    "precision":          PRETRAIN["precision"],
 }
 EMBED = {name: LINEAR[name] for name in ("init_encoder", "precision")}
 TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "embed": EMBED, "export": EMBED}
@@ -321,63 +321,6 @@ def effective_rank(z: Tensor) -> float:
 # ---------------------------------------------------------------------------------------- training
 
 
-class LAMB(torch.optim.Optimizer):
-    """Layer-wise adaptive Adam (You et al., arXiv:1904.00962, Alg. 2): AdamW as LARS is to SGD.
-
-    For a weight w with gradient g, at its t-th step:
-
-        a = b1 * a + (1 - b1) * g;   b = b2 * b + (1 - b2) * g^2
-        u = (a / (1 - b1^t)) / (sqrt(b / (1 - b2^t)) + eps) + weight_decay * w
-        w = w - lr * (|w| / |u|) * u                 # the ratio is 1 where either norm is 0
-
-    One-dimensional parameters (biases, norms) are neither decayed nor adapted, as in LARS here (our
-    choice; the paper's App. A gives weight decay 1e-3, and no more). eps: LAMB's paper, recalled.
-    """
-
-    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-6, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            by_step = {}  # parameters of one age have one bias correction
-            for p in params:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                state["step"] += 1
-                by_step.setdefault((state["step"], p.ndim > 1), []).append(p)
-            for (t, adapted), weights in by_step.items():
-                self.update(weights, t, adapted, group)
-        return loss
-
-    def update(self, weights: list[Tensor], t: int, adapted: bool, group: dict) -> None:
-        (b1, b2), grads = group["betas"], [p.grad for p in weights]
-        a = [self.state[p]["exp_avg"] for p in weights]
-        b = [self.state[p]["exp_avg_sq"] for p in weights]
-        torch._foreach_lerp_(a, grads, 1 - b1)
-        torch._foreach_mul_(b, b2)
-        torch._foreach_addcmul_(b, grads, grads, value=1 - b2)
-        scale = torch._foreach_div(b, 1 - b2**t)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, group["eps"])
-        u = torch._foreach_div(a, 1 - b1**t)
-        torch._foreach_div_(u, scale)
-        if adapted:
-            torch._foreach_add_(u, weights, alpha=group["weight_decay"])
-            w_norm = torch.stack(torch._foreach_norm(weights))
-            u_norm = torch.stack(torch._foreach_norm(u))
-            ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
-            torch._foreach_mul_(u, list(ratio.unbind()))
-        torch._foreach_add_(weights, u, alpha=-group["lr"])
-
-
 def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
     """AdamW for ViT, which decays everything; LARS for ResNet, LAMB: biases and norms apart."""
     params = [p for p in model.parameters() if p.requires_grad]  # f_k has none, a frozen patch neither
@@ -481,9 +424,70 @@ def pretrain(args) -> None:
         report_dips(run)
 
 # ==================================================================================================
-# Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# Here the method ends. What follows is LAMB, for a row of the study, and the machinery that all five
+# scripts share, kept equal to the letter by tests/test_copies.py: command line, processes, data, kNN,
+# run folder, loop, probe.
 # ==================================================================================================
+
+# -------------------------------------------------------------------------------------------- LAMB
+
+
+class LAMB(torch.optim.Optimizer):
+    """Layer-wise adaptive Adam (You et al., arXiv:1904.00962, Alg. 2): AdamW as LARS is to SGD.
+
+    For a weight w with gradient g, at its t-th step:
+
+        a = b1 * a + (1 - b1) * g;   b = b2 * b + (1 - b2) * g^2
+        u = (a / (1 - b1^t)) / (sqrt(b / (1 - b2^t)) + eps) + weight_decay * w
+        w = w - lr * (|w| / |u|) * u                 # the ratio is 1 where either norm is 0
+
+    One-dimensional parameters (biases, norms) are neither decayed nor adapted, as in LARS here (our
+    choice; the paper's App. A gives weight decay 1e-3, and no more). eps: LAMB's paper, recalled.
+    """
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-6, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            by_step = {}  # parameters of one age have one bias correction
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                by_step.setdefault((state["step"], p.ndim > 1), []).append(p)
+            for (t, adapted), weights in by_step.items():
+                self.update(weights, t, adapted, group)
+        return loss
+
+    def update(self, weights: list[Tensor], t: int, adapted: bool, group: dict) -> None:
+        (b1, b2), grads = group["betas"], [p.grad for p in weights]
+        a = [self.state[p]["exp_avg"] for p in weights]
+        b = [self.state[p]["exp_avg_sq"] for p in weights]
+        torch._foreach_lerp_(a, grads, 1 - b1)
+        torch._foreach_mul_(b, b2)
+        torch._foreach_addcmul_(b, grads, grads, value=1 - b2)
+        scale = torch._foreach_div(b, 1 - b2**t)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, group["eps"])
+        u = torch._foreach_div(a, 1 - b1**t)
+        torch._foreach_div_(u, scale)
+        if adapted:
+            torch._foreach_add_(u, weights, alpha=group["weight_decay"])
+            w_norm = torch.stack(torch._foreach_norm(weights))
+            u_norm = torch.stack(torch._foreach_norm(u))
+            ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+            torch._foreach_mul_(u, list(ratio.unbind()))
+        torch._foreach_add_(weights, u, alpha=-group["lr"])
+
 
 # ------------------------------------------------------------------------------------ command line
 
@@ -602,20 +606,19 @@ def check(args) -> None:
     if 64 * args.width < 8:  # convolutions of 4 to 7 channels corrupt memory (oneDNN, AVX2, torch 2.15)
         raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the least")
     given = args.given.keys()
-    if "optimizer" in given and "base_lr" not in given and args.stage == "pretrain":
+    usual = TABLES[args.stage].get("optimizer", ("",) * 7)[RECIPE_NAMES.index(args.recipe)]
+    if usual and (usual == "sgd") != (args.optimizer == "sgd"):
+        raise UserError(f"{flag['optimizer']} is not for the stage {args.stage}, which takes "
+                        + ("sgd" if usual == "sgd" else "adamw, lars or lamb"))
+    if given & {"optimizer", "base_lr"} == {"optimizer"} and args.optimizer != usual:
         raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 1.5e-4 for adamw, "
                         "0.3 for lars, 5e-4 with --weight-decay 1e-3 for lamb (ImageNet)")
-    sgd = getattr(args, "optimizer", "sgd") == "sgd"
-    if sgd != (args.stage != "pretrain"):
-        raise UserError(f"{flag['optimizer']} is no optimizer of the stage {args.stage}: "
-                        + ("adamw, lars, lamb" if sgd else "sgd"))
     vit_only = [name for name in ("patch_size", "heads", "stem", "mlp_norm", "position", "pooling",
                                   "patch_projection", "clip_patch_grad", "grad_checkpoint")
                 if name in given]
     if args.arch.startswith("resnet"):
         if vit_only:
-            raise UserError(f"{flag.get(vit_only[0], vit_only[0])} is for a ViT, and --arch is "
-                            f"{args.arch}")
+            raise UserError(f"{flag[vit_only[0]]} is for a ViT, and --arch is {args.arch}")
         return
     if "width" in given:
         raise UserError(f"--width is for a ResNet, and --arch is {args.arch}: take a smaller --arch")
@@ -1522,7 +1525,8 @@ def read_official(file: dict) -> tuple[dict, dict]:
     state, arch = file["state_dict"], file["arch"]
     settings = {"arch": arch.replace("conv_", ""), "stem": "conv" if "conv" in arch else "patch",
                 "patch_size": 16, "position": "sincos", "pooling": "class", "mlp_norm": "layer",
-                "width": 1.0, "small_images": False, "image_size": 224}
+                "width": 1.0, "small_images": False, "image_size": 224, "mean": IMAGENET_MEAN,
+                "std": IMAGENET_STD}
     if settings["arch"].removeprefix("vit_") in VITS:
         settings["heads"] = VITS[settings["arch"].removeprefix("vit_")][2]
     if any(name.startswith("module.base_encoder.") for name in state):
