@@ -272,9 +272,9 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
             raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
     dim, depth, own_heads = VITS[size]
     heads = heads or own_heads
-    if dim % heads:
+    if heads < 0 or dim % heads:
         raise ValueError(f"{heads} heads do not share {dim} channels evenly")
-    if any(side % patch_size or side < patch_size for side in sides):
+    if patch_size < 1 or any(side % patch_size or side < patch_size for side in sides):
         raise ValueError(f"an image of {sides[0]} x {sides[1]} pixels has no whole number of patches "
                          f"of {patch_size}")
     if stem == "conv" and (patch_size != 16 or patch_projection == "frozen"):

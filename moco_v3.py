@@ -51,6 +51,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -279,16 +280,17 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     global batch's loss. The factor 2 tau keeps the gradient's size when tau changes (Sec. 3).
     """
     q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k))
-    q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
-    logits = q @ k.T / temperature  # [N, processes * N]
-    labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # where this rank's keys are
-    return 2 * temperature * F.cross_entropy(logits, labels)
+    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+        q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
+        logits = q @ k.T / temperature  # [N, processes * N]
+        labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # where this rank's keys are
+        return 2 * temperature * F.cross_entropy(logits, labels)
 
 
 def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
     """The symmetrised loss when all n keys look alike, and the least there can be: positives equal,
     negatives spread evenly (cosine -1 / (n - 1); Jensen's inequality). Ours, not the paper's."""
-    floor = math.log1p((n - 1) * math.exp(-n / (n - 1) / temperature))
+    floor = math.log1p((n - 1) * math.exp(-n / max(1, n - 1) / temperature))
     return 4 * temperature * math.log(n), 4 * temperature * floor
 
 
@@ -1519,28 +1521,27 @@ def load_file(path: str, device="cpu"):
 def read_official(file: dict) -> tuple[dict, dict]:
     """An authors' checkpoint as a state dict with our names, and the settings it implies.
 
-    In theirs module.base_encoder.* and module.momentum_encoder.* are the backbones and, as head.* or
-    fc.*, the projectors; in their linear checkpoints module.* has timm's or torchvision's names.
+    In theirs (module.)base_encoder.* and momentum_encoder.* are the backbones and, as head.* or fc.*,
+    the projectors; in their linear checkpoints module.* has timm's or torchvision's names.
     """
-    state, arch = file["state_dict"], file["arch"]
+    state = {name.removeprefix("module."): x for name, x in file["state_dict"].items()}
+    arch = file["arch"]
     settings = {"arch": arch.replace("conv_", ""), "stem": "conv" if "conv" in arch else "patch",
                 "patch_size": 16, "position": "sincos", "pooling": "class", "mlp_norm": "layer",
                 "width": 1.0, "small_images": False, "image_size": 224, "mean": IMAGENET_MEAN,
                 "std": IMAGENET_STD}
     if settings["arch"].removeprefix("vit_") in VITS:
         settings["heads"] = VITS[settings["arch"].removeprefix("vit_")][2]
-    if any(name.startswith("module.base_encoder.") for name in state):
-        new = {}
-        for name, x in state.items():
-            name = name.removeprefix("module.").replace("base_encoder.", "encoder.")
-            for side in ("encoder.", "momentum_encoder."):
-                for projector in ("head.", "fc."):
-                    if name.startswith(side + projector):
-                        name = side.replace("encoder", "projector") + name[len(side + projector):]
-            new[name] = x
-        return new, settings
-    return {"encoder." + name.removeprefix("module."): x for name, x in state.items()
-            if not name.startswith(("module.fc.", "module.head."))}, settings
+    if settings["stem"] == "conv":
+        settings["patch_projection"] = "learned"
+    if not any(name.startswith("base_encoder.") for name in state):
+        return {f"encoder.{name}": x for name, x in state.items()
+                if not name.startswith(("fc.", "head."))}, settings
+    ours = {}
+    for name, x in state.items():
+        name = re.sub(r"^(base_|momentum_)encoder\.(head|fc)\.", r"\1projector.", name)
+        ours[name.removeprefix("base_")] = x
+    return ours, settings
 
 
 # same as simsiam.py
@@ -1587,6 +1588,8 @@ def load_initial(model: nn.Module, args) -> None:
     if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
         model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
         state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        if not state:
+            raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
     own = model.state_dict()
     wrong = [f"no {name}" for name in own.keys() - state.keys()]
     wrong += [f"unknown {name}" for name in state.keys() - own.keys()]

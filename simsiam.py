@@ -1248,6 +1248,8 @@ def load_initial(model: nn.Module, args) -> None:
     if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
         model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
         state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        if not state:
+            raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
     own = model.state_dict()
     wrong = [f"no {name}" for name in own.keys() - state.keys()]
     wrong += [f"unknown {name}" for name in state.keys() - own.keys()]

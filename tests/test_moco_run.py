@@ -1,0 +1,235 @@
+"""moco_v3.py as a program, in short: ranks, kill and resume, monitors, stages, mistakes."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import finish, run, send, start, wait_for_step
+
+import moco_v3
+
+SMALL = ["--dim", "16", "--hidden-dim", "32", "--batch-size", "16", "--workers", "0", "--image-size",
+         "16", "--knn-every", "0", "--precision", "fp32", "--log-every", "1"]
+RESNET = ["--recipe", "cifar-resnet", "--arch", "resnet10", "--width", "0.125"]
+
+
+def main(*args):
+    return moco_v3.main([*map(str, args)])
+
+
+def records(out, kind="loss"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
+
+
+def losses(out):
+    return [line["loss"] for line in records(out)]
+
+
+def weights(out, name="last.pt"):
+    return torch.load(out / name)["model"]
+
+
+def assert_same_weights(a, b):
+    for (name, x), y in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.fixture(scope="module")
+def trained(classes, tmp_path_factory):
+    """Two epochs of one step on 48 images of three classes, 16 px."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main("--data", classes, "--recipe", "demo", *SMALL, "--batch-size", 40, "--epochs", 2,
+                "--warmup-epochs", 0.5, "--knn-every", 1, "--knn-every-steps", 1, "--out", out) == 0
+    return out
+
+
+@pytest.mark.parametrize("flags", [["--recipe", "demo"], RESNET], ids=["vit", "resnet"])
+def test_two_processes_are_the_same_run_as_one(flags, classes, tmp_path):
+    args = ["--data", classes, *flags, *SMALL, "--precision", "fp64", "--steps", "4",
+            "--warmup-epochs", "0.5"]
+    assert main(*args, "--out", tmp_path / "one") == 0
+    run("moco_v3.py", *args, "--out", tmp_path / "two", processes=2)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-10)
+    assert len(losses(tmp_path / "one")) == 4
+    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0,
+                               atol=1e-10)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_killed_and_started_again_ends_with_the_same_bits(processes, classes, tmp_path):
+    args = ["--data", classes, "--recipe", "demo", *SMALL, "--epochs", "12"]
+    running = start("moco_v3.py", *args, "--out", tmp_path / "killed", processes=processes)
+    wait_for_step(tmp_path / "killed" / "log.jsonl", 10, running)
+    send(running, signal.SIGKILL)
+    finish(running)
+    assert 0 < torch.load(tmp_path / "killed" / "last.pt")["step"] < 36
+    run("moco_v3.py", *args, "--out", tmp_path / "killed", processes=processes)
+    run("moco_v3.py", *args, "--out", tmp_path / "whole", processes=processes)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 36
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_the_momentum_encoder_is_in_the_checkpoint_and_not_in_the_optimizer(trained):
+    checkpoint = torch.load(trained / "last.pt")
+    names = {name.split(".")[0] for name in checkpoint["model"]}
+    assert names == {"encoder", "projector", "predictor", "momentum_encoder", "momentum_projector"}
+    trainable = sum(p.requires_grad for p in moco_v3.MoCoV3(
+        moco_v3.vit("mini", 16, 8, patch_projection="frozen"), 16, 32).parameters())
+    assert len(checkpoint["optimizer"]["state"]) == trainable
+
+
+def test_the_log_has_chance_and_floor_beside_the_loss(trained):
+    line = records(trained)[-1]
+    assert (line["chance"], line["floor"]) == moco_v3.chance_and_floor(40, 0.2)
+    assert line["floor"] < line["loss"] and line["m"] == 1.0  # of the update after the last step
+
+
+def test_the_queue_curve_stands_beside_the_exact_knn(trained):
+    queue, exact = records(trained, "knn_queue"), records(trained, "knn")
+    assert [line["step"] for line in queue] == [1, 2] and [line["epoch"] for line in exact] == [0, 1, 2]
+    assert all(0 <= line["knn_queue"] <= 1 for line in queue)
+
+
+def test_the_queue_holds_the_last_tenth_of_an_epoch_and_is_asked_on_time(tmp_path):
+    args = [*"--recipe demo --batch-size 100 --knn-every-steps 2 --knn-k 5".split()]
+    settings = moco_v3.parse_args(args)
+    settings.device, settings.dtype = torch.device("cpu"), torch.float32
+    images = moco_v3.load_data(settings)
+    monitor = moco_v3.QueueMonitor(images, settings)
+    assert monitor.steps == 4 and len(monitor.x) == 1000
+    # An encoder that gives the class: features of the queries, and of the queue, are one-hot.
+    encoder = torch.nn.Module()
+    encoder.forward = lambda x: torch.eye(10)[torch.arange(len(x)) % 10]
+    found = []
+    for step in range(1, 9):
+        labels = torch.arange(100) % 10 if step != 3 else torch.zeros(100, dtype=torch.long)
+        found.append(monitor(encoder, torch.eye(10)[torch.arange(100) % 10], labels, step))
+    # Full from step 4 on; step 3's wrong labels are outvoted, and gone at step 8.
+    assert [bool(record) for record in found] == [s in (4, 6, 8) for s in range(1, 9)]
+    assert found[-1]["knn_queue"] == 1.0 and len(monitor.queue) == 4
+
+
+def test_gradient_norms_are_the_largest_since_the_last_line(photos, tmp_path):
+    args = ["--data", photos, "--recipe", "demo", *SMALL, "--batch-size", 2, "--steps", 7]
+    assert main(*args, "--out", tmp_path / "each") == 0
+    assert main(*args, "--log-every", 3, "--out", tmp_path / "third") == 0
+    for name in ("grad_first", "grad_last"):
+        each = [line[name] for line in records(tmp_path / "each")]
+        third = [line[name] for line in records(tmp_path / "third")]
+        assert third == [each[0], max(each[1:4]), max(each[4:7])]
+        assert max(each[1:4]) != each[3] or max(each[4:7]) != each[6]  # so that the test tells
+
+
+def test_monitors_change_nothing(classes, tmp_path):
+    args = ["--data", classes, "--recipe", "demo", *SMALL, "--steps", 4, "--warmup-epochs", 0.5]
+    assert main(*args, "--knn-every-steps", 1, "--out", tmp_path / "with") == 0
+    assert main(*args, "--knn-every-steps", 0, "--out", tmp_path / "without") == 0
+    assert records(tmp_path / "with", "knn_queue") and not records(tmp_path / "without", "knn_queue")
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+
+
+def test_the_largest_fall_of_the_knn_curve_is_reported(trained, tmp_path, capsys):
+    lines = [{"config": 1}, *({"step": s, "knn_queue": v} for s, v in
+                              ((0, .2), (10, .5), (20, .45), (30, .6), (40, .3), (50, .55), (60, .7)))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logged = {}
+    moco_v3.report_dips(type("Run", (), {"path": lambda self, name: tmp_path / name,
+                                         "log": lambda self, **record: logged.update(record)})())
+    assert logged["dip"] == pytest.approx(0.3) and logged["dip_step"] == 40
+    assert "30.0 points, at step 40" in capsys.readouterr().out
+    assert len(records(trained, "dip")) == 1  # a run that ends reports it, once
+
+
+def test_later_stages_take_the_runs_architecture(trained, classes, photos, tmp_path):
+    assert main("linear", "--init", trained / "last.pt", "--data", classes, "--batch-size", 24,
+                "--epochs", 1, "--workers", 0, "--out", tmp_path / "linear") == 0
+    assert records(tmp_path / "linear", "top1")
+    assert records(tmp_path / "linear", "config")[0]["config"]["patch_size"] == 8
+    assert main("embed", "--init", trained / "encoder.pt", "--data", photos, "--workers", 0, "--out",
+                tmp_path / "embed") == 0
+    assert torch.load(tmp_path / "embed" / "features.pt")["features"].shape == (40, 96)
+    assert json.loads((trained / "encoder.json").read_text())["heads"] == 3
+
+
+def test_init_encoder_takes_the_momentum_encoder(trained, tmp_path):
+    for which in ("encoder", "momentum_encoder"):
+        assert main("export", "--init", trained / "last.pt", "--init-encoder", which, "--out",
+                    tmp_path / which) == 0
+        expected = {name.removeprefix(which + "."): x for name, x in weights(trained).items()
+                    if name.startswith(which + ".")}
+        torch.testing.assert_close(torch.load(tmp_path / which / "encoder.pt"), expected, rtol=0, atol=0)
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(torch.load(tmp_path / "encoder" / "encoder.pt")[name],
+                           torch.load(tmp_path / "momentum_encoder" / "encoder.pt")[name])
+
+
+def test_pretraining_from_an_encoder_alone_starts_the_momentum_encoder_as_its_copy(
+        trained, classes, tmp_path):
+    args = ["--data", classes, "--recipe", "demo", *SMALL, "--steps", 1]
+    assert main(*args, "--init", trained / "encoder.pt", "--out", tmp_path) == 0
+    start_of = weights(trained)
+    after = weights(tmp_path)  # the first step has lr 0: nothing has moved
+    for name, x in after.items():
+        if name.startswith("momentum_encoder.") and x.is_floating_point():
+            assert torch.equal(x, start_of[name.removeprefix("momentum_")]), name
+
+
+def test_a_vit_takes_other_patches_positions_and_pooling(classes, tmp_path):
+    for i, flags in enumerate((["--position", "learned", "--pooling", "mean"],
+                               ["--position", "none", "--pooling", "mean-no-norm", "--bn", "none"],
+                               ["--predictor", "none", "--mlp-norm", "batch", "--patch-size", 16],
+                               ["--optimizer", "lamb", "--base-lr", 1e-3, "--grad-checkpoint"],
+                               ["--ema-momentum", 0, "--ema-schedule", "constant"])):
+        out = tmp_path / str(i)
+        assert main("--data", classes, "--recipe", "demo", *SMALL, *flags, "--steps", 2, "--out",
+                    out) == 0
+        assert len(losses(out)) == 2 and json.loads((out / "encoder.json").read_text())["patch_size"] \
+            == (16 if i == 2 else 8)
+
+
+def test_with_a_constant_momentum_of_0_the_momentum_encoder_is_the_encoder(classes, tmp_path):
+    assert main("--data", classes, "--recipe", "demo", *SMALL, "--ema-momentum", 0, "--ema-schedule",
+                "constant", "--steps", 3, "--warmup-epochs", 0.5, "--out", tmp_path) == 0
+    state = weights(tmp_path)
+    parameters = dict(moco_v3.MoCoV3(moco_v3.vit("mini", 32, 8), 16, 32).named_parameters())
+    assert all(torch.equal(x, state[name.removeprefix("momentum_")]) for name, x in state.items()
+               if name.startswith("momentum_") and name in parameters)
+    assert [line["m"] for line in records(tmp_path)] == [0, 0, 0]
+
+
+MISTAKES = {
+    "image of no whole patches": ("--recipe demo --patch-size 5", "no whole number of patches of 5"),
+    "heads that share nothing": ("--recipe demo --heads 5", "5 heads do not share 96 channels"),
+    "width of a vit": ("--recipe demo --width 0.5", "take a smaller --arch"),
+    "patches of a resnet": ("--recipe cifar-resnet --patch-size 4", "--patch-size 4 is for a ViT"),
+    "frozen conv stem": ("--arch vit_small --stem conv --recipe imagenet",
+                         "--stem conv has no patch projection to freeze"),
+    "clipping what is frozen": ("--recipe demo --clip-patch-grad 0.1",
+                                "give --patch-projection learned"),
+    "an optimizer without its lr": ("--recipe imagenet --optimizer lamb", "takes a --base-lr of its own"),
+    "sgd for pre-training": ("--recipe demo --optimizer sgd --base-lr 1", "takes adamw, lars or lamb"),
+    "lars for the linear stage": ("linear --init {r}/last.pt --optimizer lars --base-lr 1",
+                                  "takes sgd"),
+    "recipe of another family": ("--recipe imagenet --arch resnet50",
+                                 "give --recipe imagenet-r50-100 or imagenet-r50-300"),
+    "checkpointing and ViT-BN": ("--recipe demo --grad-checkpoint --mlp-norm batch", "running statistics"),
+    "other heads than the run's": ("embed --init {r}/last.pt --heads 2", "--heads 2, but"),
+    "another architecture than the run's": ("embed --init {r}/last.pt --arch vit_tiny",
+                                            "--arch vit_tiny, but"),
+    "no momentum encoder": ("export --init {r}/encoder.pt --init-encoder momentum_encoder", "holds no momentum_encoder"),
+    "unknown position": ("--recipe demo --position circular", "invalid choice: 'circular'"),
+    "momentum above 1": ("--recipe demo --ema-momentum 1.5", "at most 1"),
+    "pretrain's field in export": ("export --init {r}/last.pt --epochs 3", "no setting of the stage export"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path, capsys):
+    flags, sentence = MISTAKES[mistake]
+    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    assert main(*flags.format(r=trained).split(), *out) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
