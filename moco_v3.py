@@ -1,4 +1,4 @@
-"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie & He, 2021).
+"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al., 2021).
 
 Paper: https://arxiv.org/abs/2104.02057. "Sec.", "Alg.", "Fig.", "Table" and "App." point into it;
 "authors' code" is facebookresearch/moco-v3 at c349e6e, of which we know the settings (this file is
@@ -7,35 +7,35 @@ written from the paper). Algorithm 1, in the paper's letters:
     x1, x2 = aug(x), aug(x)              # two random views of a batch                  [N, 3, S, S]
     q1, q2 = f_q(x1), f_q(x2)            # queries: backbone, projector, predictor      [N, C]
     k1, k2 = f_k(x1), f_k(x2)            # keys: backbone, projector; no gradient       [N, C]
-    L = ctr(q1, k2) + ctr(q2, k1)        # ctr(q, k) = 2 tau CE(q k^T / tau, labels n), Sec. 3
+    L = ctr(q1, k2) + ctr(q2, k1)        # ctr(q, k) = 2 tau CE(q k^T / tau, 0 .. N-1)
     update f_q by AdamW (ViT) or LARS (ResNet) on L
     f_k = m * f_k + (1 - m) * f_q        # momentum encoder, over f_q's updated weights
 
 The negatives of a query are the other images' keys, of all processes: no queue. Each view passes
 alone, so that each has its own batch norm statistics (App. A). f_k is in train mode: its keys are
-normalised by their own batch. Its running statistics follow its own batches; they are not averaged
-and, but for `--init-encoder momentum_encoder`, not used.
+normalised by their own batch. Its running statistics follow its own batches, are not averaged, and
+serve --init-encoder momentum_encoder alone.
 
-Order of keys and momentum update: Algorithm 1's. The authors' code updates f_k before the keys, with
-the m of that step. f_k starts as a copy of f_q, so both make the same keys if the update after step t
-takes the m of step t + 1, as it does here; only the very last update (m = 1) has no place in theirs.
+Order of keys and momentum update: Algorithm 1's. The authors' code updates f_k before the keys,
+with that step's m. As f_k starts as a copy of f_q, both make the same keys if the update after step
+t takes the m of step t + 1, as it does here; only the last update (m = 1) has no place in theirs.
 
-Where paper and authors' code differ, the code's settings are used, for the published checkpoints are
-its: cosine schedule of m for ViT too (paper: constant), ResNet heads of 2 + 2 layers without batch norm
-at the predictor's output, batch 1024 in the linear evaluation (paper: 4096).
+Where paper and authors' code differ, the code's settings are used, for the published checkpoints
+are its: m by cosine for ViT too (paper: constant); ResNet heads of 2 + 2 layers, without batch norm
+at the predictor's output; batch 1024 in the linear evaluation (paper: 4096).
 
 Departures: bfloat16 forward pass on hardware that has it, without loss scaling (authors' code:
-float16); Gaussian blur sampled at 23 taps (PIL's approximation there); colours in floating point (there:
-rounded to 8 bits); the queue kNN asks 1,000 validation images, not all. Not in paper or code, thus our
-reading: the batch norms of ViT-BN (over images and tokens), LAMB's exclusions, the thresholds of
---clip-patch-grad, which layers grad_first and grad_last watch.
+float16); Gaussian blur sampled at 23 taps (there: PIL's approximation); colours in floating point
+(there: rounded to 8 bits); the kNN within epochs asks 1,000 validation images, not all. Not settled
+by paper or code, thus our reading: the batch norms of ViT-BN (over images and tokens), what LAMB
+excludes, thresholds for --clip-patch-grad, which layers grad_first and grad_last watch.
 
     python moco_v3.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024    # ViT-S/16
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --arch resnet50      # 100 epochs
-    python moco_v3.py --patch-projection learned --base-lr 0.02 --out runs/unstable   # Sec. 4
+    python moco_v3.py --patch-projection learned --base-lr 0.03 --out runs/unstable   # Sec. 4
     python moco_v3.py linear --init runs/moco_v3-demo/last.pt     # linear evaluation
-    python moco_v3.py linear --init vit-s-300ep.pth.tar --data /data/imagenet         # official file
+    python moco_v3.py linear --init vit-s-300ep.pth.tar --data /data/imagenet        # official file
     python moco_v3.py export --init vit-s-300ep.pth.tar           # its encoder.pt, for timm
     python moco_v3.py embed --init runs/moco_v3-demo/last.pt --data FOLDER   # features of a folder
 """
@@ -78,19 +78,19 @@ from common import BLOCKS, LARS, VITS, ViT, demo_images, resnet, synchronize_bat
 
 # ----------------------------------------------------------------------------------------- recipes
 
-# Every field is also a flag (--base-lr 1e-4). The ImageNet columns are the authors' code's (CONFIG.md);
-# it trains vit_base like vit_small. That vit_large, and vit_huge with --patch-size 14, are trained so
-# too is our choice: their settings are not public. Nor are there any for CIFAR: the ResNet's column is
-# community, solo-learn's, the ViT's and the demo are our choice.
+# Every field is also a flag (--base-lr 1e-4). The ImageNet columns are the authors' code's
+# (CONFIG.md), which trains vit_base like vit_small. That vit_large, and vit_huge (--patch-size 14),
+# are trained so too is our choice: their settings are not public. Nor are there any for CIFAR: the
+# ResNet's column is community, solo-learn's; the ViT's and the demo are our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-r50-100", "imagenet-r50-300", "imagenet-r50-1000",
                 "cifar", "cifar-resnet", "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # community: solo-learn
 PRETRAIN = {
-    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------- cifar ---- cifar-resnet -- demo
+    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------ cifar ---- cifar-resnet -- demo
     "arch": ("vit_small", "resnet50", "resnet50", "resnet50", "vit_tiny", "resnet18", "vit_mini"),
     "width":              (1.0,) * 7,          # of a ResNet, relative to the paper's; ours
-    "small_images":       (False, False, False, False, True, True, True),  # ResNet's stem of 3x3, as
+    "small_images":       (False, False, False, False, True, True, True),  # a ResNet's 3x3 stem, as
     #                    in SimCLR, arXiv:2002.05709, App. B.9; and no margin in the test view
     "zero_init_residual": (True,) * 7,         # of a ResNet: authors' code
     "patch_size":         (16, 16, 16, 16, 4, 4, 8),  # pixels. Table 2; huge 14. Sec. 6.3: 7
@@ -111,7 +111,7 @@ PRETRAIN = {
     "optimizer": ("adamw", "lars", "lars", "lars", "adamw", "lars", "adamw"),  # Sec. 4.1: lamb
     "epochs":             (300, 100, 300, 1000, 800, 1000, 6),        # cifar-resnet: solo-learn
     "batch_size":         (4096, 4096, 4096, 4096, 512, 256, 100),    # of all processes together
-    "base_lr":            (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),   # lr: base_lr * batch_size / 256
+    "base_lr":            (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),   # lr: this * batch_size / 256
     #                    6.0: solo-learn's 0.3 times its trust coefficient 0.02 over ours, 0.001
     "warmup_epochs":      (40.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),  # cifar-resnet: solo-learn
     "momentum":           (0.9,) * 7,          # of LARS
@@ -121,7 +121,7 @@ PRETRAIN = {
     "ema_schedule":       ("cosine",) * 7,     # to 1 at the end; constant: m stays
     "precision": ("auto", "auto", "auto", "auto", "auto", "auto", "fp32"),  # auto: bf16 if native
     "grad_checkpoint":    (False,) * 7,        # ViT: less memory, for its blocks are computed twice
-    # ---------------- augmentation; a pair is for the first view and the second (App. A, authors' code)
+    # ---------------- augmentation, a pair for first and second view (App. A, authors' code)
     "image_size":         (224, 224, 224, 224, 32, 32, 32),           # pixels
     "crop_min":           (0.08, 0.2, 0.2, 0.2, 0.2, 0.2, 0.75),      # least share of the area
     "jitter":             ((0.4, 0.4, 0.2, 0.1),) * 7,  # brightness, contrast, saturation, hue
@@ -132,13 +132,13 @@ PRETRAIN = {
     "mean":               (IMAGENET_MEAN,) * 4 + (CIFAR_MEAN,) * 2 + ((0.5, 0.5, 0.5),),
     "std":                (IMAGENET_STD,) * 4 + (CIFAR_STD,) * 2 + ((0.25, 0.25, 0.25),),
     # ---------------- study of the instability, and kNN
-    "clip_patch_grad":    (0.0,) * 7,          # Sec. 4.2: norm that the gradient is cut to; 0: never
+    "clip_patch_grad":    (0.0,) * 7,          # Sec. 4.2: the gradient's largest norm; 0: any
     "knn_every_steps":    (50, 50, 50, 50, 20, 20, 20),  # App. A: "every tens of iterations"
-    "knn_k":              (200,) * 7,          # App. A refers to arXiv:1805.01978, whose values these
-    "knn_temperature":    (0.07,) * 7,         # are (recalled)
+    "knn_k":              (200,) * 7,          # App. A refers to arXiv:1805.01978, whose values
+    "knn_temperature":    (0.07,) * 7,         # these are (recalled)
 }
 LINEAR = {  # authors' code (main_lincls.py); CIFAR and demo: our choice
-    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------- cifar ---- cifar-resnet -- demo
+    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------ cifar ---- cifar-resnet -- demo
     "init_encoder":       ("encoder",) * 7,    # or momentum_encoder, of --init
     "optimizer":          ("sgd",) * 7,
     "base_lr":            (3.0, 0.1, 0.1, 0.1, 3.0, 0.1, 3.0),
@@ -199,8 +199,8 @@ def build_encoder(args) -> nn.Module:
         return resnet(int(args.arch.removeprefix("resnet")), args.width,
                       small_images=args.small_images, zero_init_residual=args.zero_init_residual)
     frozen = args.patch_projection == "frozen"
-    encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size, heads=args.heads,
-                  stem=args.stem, mlp_norm=args.mlp_norm, position=args.position,
+    encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size,
+                  heads=args.heads, stem=args.stem, mlp_norm=args.mlp_norm, position=args.position,
                   pooling=args.pooling, patch_projection="frozen" if frozen else "learned",
                   grad_checkpoint=getattr(args, "grad_checkpoint", False))
     if args.patch_projection == "batchnorm":  # Sec. 4.2: neither of the two helps
@@ -212,8 +212,8 @@ def build_encoder(args) -> nn.Module:
 
 def head(layers: int, in_dim: int, hidden_dim: int, out_dim: int, bn: bool,
          output_bn: bool) -> nn.Sequential:
-    """Linear layers without bias, a BN and ReLU between them; the output's BN has no scale and shift
-    (authors' code, of both)."""
+    """Linear layers without bias, a BN and ReLU between them; the output's BN has no scale and no
+    shift (authors' code, of both)."""
     modules = []
     for i in range(layers):
         last = i == layers - 1
@@ -249,7 +249,7 @@ class MoCoV3(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two views [N, 3, S, S] -> q1, q2, k1, k2 [N, C], and the features of x1 for the monitor."""
+        """Two views [N, 3, S, S] -> q1, q2, k1, k2 [N, C], and the features of x1, for the kNN."""
         h1, h2 = self.encoder(x1), self.encoder(x2)
         q1, q2 = self.predictor(self.projector(h1)), self.predictor(self.projector(h2))
         with torch.no_grad():
@@ -273,7 +273,7 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 
 
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """ctr(q, k) of Alg. 1: which of all keys belongs to the query? Mean over this process's queries.
+    """ctr(q, k) of Alg. 1: which of all keys is the query's? The mean over this process's queries.
 
     q, k [N, C] of one process, rows of one index from one image -> [], in float32 at least. The
     keys of all processes are the classes, and get no gradient; the mean over processes is the
@@ -283,7 +283,7 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
         q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
         logits = q @ k.T / temperature  # [N, processes * N]
-        labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # where this rank's keys are
+        labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # this rank's keys
         return 2 * temperature * F.cross_entropy(logits, labels)
 
 
@@ -297,7 +297,7 @@ def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
 # same as simsiam.py
 @torch.no_grad()
 def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): Fig. 2, middle. [B, d].
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
 
     Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
     output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
@@ -325,7 +325,7 @@ def effective_rank(z: Tensor) -> float:
 
 def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
     """AdamW for ViT, which decays everything; LARS for ResNet, LAMB: biases and norms apart."""
-    params = [p for p in model.parameters() if p.requires_grad]  # f_k has none, a frozen patch neither
+    params = [p for p in model.parameters() if p.requires_grad]  # not f_k, nor what is frozen
     if args.optimizer == "adamw":
         return torch.optim.AdamW(params, lr=0.0, weight_decay=args.weight_decay,
                                  fused=args.device.type in ("cpu", "cuda"))
@@ -335,8 +335,8 @@ def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
 
 
 def warmup_cosine(epoch: float, args) -> float:
-    """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step by
-    step (authors' code). The first step of all has lr 0."""
+    """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
+    by step (authors' code). The first step of all has lr 0."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
@@ -344,18 +344,19 @@ def warmup_cosine(epoch: float, args) -> float:
 
 
 def momentum_schedule(epoch: float, args) -> float:
-    """m: from its start along half a cosine to 1 over the whole run (authors' code), or constant."""
+    """m: along half a cosine from its start to 1 over the whole run (authors' code), or constant."""
     if args.ema_schedule == "constant":
         return args.ema_momentum
     return 1 - (1 - args.ema_momentum) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 
 def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection, or where that is
-    frozen its first attention's qkv, and its last block; a ResNet's first convolution, last block."""
+    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (where it is frozen,
+    the first attention's qkv) and its last block; a ResNet's first convolution and last block."""
     if isinstance(encoder, ViT):
         first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
-        return first or [*encoder.blocks[0].attn.qkv.parameters()], [*encoder.blocks[-1].parameters()]
+        first = first or [*encoder.blocks[0].attn.qkv.parameters()]
+        return first, [*encoder.blocks[-1].parameters()]
     return [encoder.conv1.weight], [*encoder.layer4[-1].parameters()]
 
 
@@ -398,11 +399,11 @@ def pretrain(args) -> None:
     say(f"loss: {chance:.2f} by chance, {floor:.2f} at best (batch {args.batch_size}, temperature "
         f"{args.temperature:g})")
     timm_heads(model.encoder, args)
-    largest = torch.zeros(2, device=args.device)  # gradient norms since the last line of the log
+    largest = torch.zeros(2, device=args.device, dtype=args.dtype)  # norms since the last log line
 
     def step(batch, epoch):
         number = round(epoch * per_epoch)
-        # m of the step after this one, so that its keys are those of the authors' code (see the top).
+        # m of the step after this one: the keys are those of the authors' code (see the top).
         m = momentum_schedule((number + 1) / per_epoch, args)
         loss, q, h, norms = train_step(net, optimizer, *two_views(batch, args), epoch, m, args)
         torch.maximum(largest, norms, out=largest)
@@ -463,7 +464,8 @@ class LAMB(torch.optim.Optimizer):
             for p in params:
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    state.update(step=0, exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
                 state["step"] += 1
                 by_step.setdefault((state["step"], p.ndim > 1), []).append(p)
             for (t, adapted), weights in by_step.items():
@@ -605,8 +607,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args) -> None:
     """What the flags and --init make together must be buildable."""
     flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
-    if 64 * args.width < 8:  # convolutions of 4 to 7 channels corrupt memory (oneDNN, AVX2, torch 2.15)
-        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the least")
+    if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
+        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the "
+                        "least")
     given = args.given.keys()
     usual = TABLES[args.stage].get("optimizer", ("",) * 7)[RECIPE_NAMES.index(args.recipe)]
     if usual and (usual == "sgd") != (args.optimizer == "sgd"):

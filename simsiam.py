@@ -226,7 +226,7 @@ def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, similarity: 
 
 @torch.no_grad()
 def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): Fig. 2, middle. [B, d].
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
 
     Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
     output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
@@ -424,8 +424,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args) -> None:
     """What the flags and --init make together must be buildable."""
-    if 64 * args.width < 8:  # convolutions of 4 to 7 channels corrupt memory (oneDNN, AVX2, torch 2.15)
-        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the least")
+    if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
+        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the "
+                        "least")
 
 
 # --------------------------------------------------------------------------------------- processes

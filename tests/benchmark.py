@@ -22,6 +22,7 @@ from torchvision import datasets, transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
+import moco_v3  # noqa: E402
 import simsiam  # noqa: E402
 from conftest import write_images  # noqa: E402
 
@@ -46,8 +47,8 @@ def rate(function, amount: float, seconds: float = 4.0) -> float:
     return amount * calls / (time.perf_counter() - began)
 
 
-def arguments(*argv) -> argparse.Namespace:
-    args = simsiam.parse_args([*argv])
+def arguments(*argv, script=simsiam) -> argparse.Namespace:
+    args = script.parse_args([*argv])
     args.device, args.dtype, args.initial = torch.device(args.device or "cpu"), torch.float32, None
     args.workers = args.workers or 0
     return args
@@ -226,6 +227,83 @@ def lars() -> None:
         compare(f"LARS on ResNet-50's 161 tensors, {device}", "steps/s", **rates)
 
 
+class LoopLAMB(torch.optim.Optimizer):
+    """moco_v3.LAMB's arithmetic, parameter by parameter."""
+
+    def __init__(self, params, lr, weight_decay, betas=(0.9, 0.999), eps=1e-6):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, a=torch.zeros_like(p), b=torch.zeros_like(p))
+                state["step"] += 1
+                a = state["a"].lerp_(p.grad, 1 - b1)
+                b = state["b"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                update = (a / (1 - b1**state["step"])) / (
+                    (b / (1 - b2**state["step"])).sqrt() + group["eps"])
+                if p.ndim > 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    w, u = p.norm(), update.norm()
+                    update = update * torch.where((w > 0) & (u > 0), w / u, 1.0)
+                p.add_(update, alpha=-group["lr"])
+
+
+def lamb_and_ema() -> None:
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        def wait(function):
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        rates = {}
+        for name, kind in (("foreach", moco_v3.LAMB), ("loop", LoopLAMB)):
+            model = common.vit("small").to(device)
+            params = [p for p in model.parameters() if p.requires_grad]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer = kind(params, lr=1e-4, weight_decay=1e-3)
+            rates[name] = lambda step=optimizer.step: rate(lambda: wait(step), 1, seconds=2)
+        compare(f"LAMB on ViT-S's {len(params)} tensors, {device}", "steps/s", **rates)
+
+        online, target = ([*common.vit("small").to(device).parameters()] for _ in range(2))
+
+        @torch.no_grad()
+        def foreach():
+            moco_v3.update_ema(target, online, 0.99)
+
+        @torch.no_grad()
+        def loop():
+            for t, o in zip(target, online):
+                t.mul_(0.99).add_(o, alpha=0.01)
+
+        compare(f"EMA on ViT-S's {len(target)} tensors, {device}", "updates/s",
+                foreach=lambda: rate(lambda: wait(foreach), 1, seconds=2),
+                loop=lambda: rate(lambda: wait(loop), 1, seconds=2))
+
+
+def vit_small_step() -> None:
+    """MoCo v3's whole training step on random tensors: ViT-S/16 at 224 px, heads of the paper."""
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        batch, repeats = (8, 2) if device == "cpu" else (256, 20)
+        args = arguments("--recipe", "imagenet", "--batch-size", str(batch), "--device", device,
+                         script=moco_v3)
+        model = moco_v3.MoCoV3(moco_v3.build_encoder(args))
+        net = moco_v3.prepare(model, args)
+        optimizer = moco_v3.build_optimizer(model, args)
+        x1, x2 = torch.randn(2, batch, 3, 224, 224, device=device)
+        for i in range(repeats + 1):
+            if i == 1:  # the first one warms up
+                began = time.perf_counter()
+            moco_v3.train_step(net, optimizer, x1, x2, 0.5, 0.99, args)[0].item()
+        print(f"MoCo v3 step, ViT-S/16, 224 px, batch {batch}, {device}: "
+              f"{batch * repeats / (time.perf_counter() - began):.4g} images/s", flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(os.cpu_count())  # conftest.py takes one
     parser = argparse.ArgumentParser(description=__doc__)
@@ -240,7 +318,9 @@ def main() -> None:
         folder_loader(photos or folder)
     loop_against_bare_step()
     lars()
+    lamb_and_ema()
     precision()
+    vit_small_step()
 
 
 if __name__ == "__main__":

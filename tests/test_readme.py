@@ -1,14 +1,16 @@
 """README promises nothing that no log has, and shows no command that does not parse."""
 
+import importlib
 import json
 import re
 import shlex
 
 import pytest
 from conftest import ROOT
+from test_copies import SCRIPTS
 
-import simsiam
-
+METHODS = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS
+           if (ROOT / name).exists()}
 README = (ROOT / "README.md").read_text()
 LOGS = sorted((ROOT / "results").glob("*.jsonl"))
 
@@ -24,16 +26,17 @@ def test_every_accuracy_that_is_ours_is_the_logs():
     for kind, first, last, log in rows:
         values = [line["knn" if kind == "kNN" else "top1"] for line in lines(ROOT / log)
                   if ("knn" if kind == "kNN" else "top1") in line]
-        assert first == f"{100 * values[0]:.1f}" and last == f"{100 * values[-1]:.1f}", (log, values)
+        assert first == f"{100 * values[0]:.1f}" and last == f"{100 * values[-1]:.1f}", log
 
 
 @pytest.mark.parametrize("log", LOGS, ids=lambda log: log.name)
 def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
     first = lines(log)[0]
     assert {"config", "versions", "hardware", "command", "commit"} <= first.keys()
-    words = shlex.split(first["command"])
-    args = simsiam.parse_args(words[1:])
-    assert words[0].endswith("simsiam.py")
+    script, *words = shlex.split(first["command"])
+    method = METHODS[script.rsplit("/")[-1]]
+    args = method.parse_args(words)
+    method.check(args)  # settles what the flags leave open
     for name in args.fields:  # a recipe that has changed since needs a new run
         value = getattr(args, name)
         assert first["config"][name] == (list(value) if isinstance(value, tuple) else value), name
@@ -41,8 +44,10 @@ def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
 
 
 def commands():
-    text = README + simsiam.__doc__
-    found = re.findall(r"(?:python|torchrun[^\n]*?) (simsiam\.py[^\n`#]*)", text.replace("\\\n", " "))
+    text = README + "".join(method.__doc__ for method in METHODS.values())
+    scripts = "|".join(METHODS).replace(".", r"\.")
+    found = re.findall(rf"(?:python|torchrun[^\n]*?) ((?:{scripts})\b[^\n`#]*)",
+                       re.sub(r"\\\n\s*", " ", text))
     return sorted({command.strip() for command in found})
 
 
@@ -50,11 +55,12 @@ def commands():
 def test_every_command_shown_parses(command):
     script, *words = shlex.split(command)
     assert (ROOT / script).exists()
-    simsiam.parse_args(words)
+    METHODS[script].parse_args(words)
 
 
-def test_enough_commands_were_found():
-    assert len(commands()) >= 6
+@pytest.mark.parametrize("script", METHODS)
+def test_enough_commands_were_found(script):
+    assert len([command for command in commands() if command.startswith(script)]) >= 5
 
 
 def test_the_files_named_exist():
@@ -63,11 +69,11 @@ def test_the_files_named_exist():
 
 
 def test_the_scripts_stay_self_contained():
-    """Nothing but the standard library, torch, torchvision, numpy and common, so it can be pasted."""
+    """Nothing but the standard library, torch, torchvision, numpy and common: to be pasted."""
     import ast
     import sys
-    for script, extra in (("simsiam.py", {"torch", "torchvision", "numpy", "common"}),
-                          ("common.py", {"torch"})):
+    ours = {"torch", "torchvision", "numpy", "common"}
+    for script, extra in (*((name, ours) for name in METHODS), ("common.py", {"torch"})):
         for node in ast.walk(ast.parse((ROOT / script).read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) else []
