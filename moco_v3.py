@@ -25,10 +25,11 @@ are its: m by cosine for ViT too (paper: constant); ResNet heads of 2 + 2 layers
 at the predictor's output; batch 1024 in the linear evaluation (paper: 4096).
 
 Departures: bfloat16 forward pass on hardware that has it, without loss scaling (authors' code:
-float16); Gaussian blur sampled at 23 taps (there: PIL's approximation); colours in floating point
-(there: rounded to 8 bits); the kNN within epochs asks 1,000 validation images, not all. Not settled
-by paper or code, thus our reading: the batch norms of ViT-BN (over images and tokens), what LAMB
-excludes, thresholds for --clip-patch-grad, which layers grad_first and grad_last watch.
+float16; in the linear evaluation float32); Gaussian blur sampled at 23 taps (there: PIL's
+approximation); colours in floating point (there: rounded to 8 bits); the kNN within epochs asks
+1,000 validation images, not all. Not settled by paper or code, thus our reading: the batch norms of
+ViT-BN (over images and tokens), what LAMB excludes, thresholds for --clip-patch-grad, which layers
+grad_first and grad_last watch.
 
     python moco_v3.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024    # ViT-S/16
@@ -36,7 +37,7 @@ excludes, thresholds for --clip-patch-grad, which layers grad_first and grad_las
     python moco_v3.py --patch-projection learned --base-lr 0.03 --out runs/unstable   # Sec. 4
     python moco_v3.py linear --init runs/moco_v3-demo/last.pt     # linear evaluation
     python moco_v3.py linear --init vit-s-300ep.pth.tar --data /data/imagenet        # official file
-    python moco_v3.py export --init vit-s-300ep.pth.tar           # its encoder.pt, for timm
+    python moco_v3.py export --init vit-s-300ep.pth.tar --out runs/vit-s   # encoder.pt for timm
     python moco_v3.py embed --init runs/moco_v3-demo/last.pt --data FOLDER   # features of a folder
 """
 
@@ -79,9 +80,9 @@ from common import BLOCKS, LARS, VITS, ViT, demo_images, resnet, synchronize_bat
 # ----------------------------------------------------------------------------------------- recipes
 
 # Every field is also a flag (--base-lr 1e-4). The ImageNet columns are the authors' code's
-# (CONFIG.md), which trains vit_base like vit_small. That vit_large, and vit_huge (--patch-size 14),
-# are trained so too is our choice: their settings are not public. Nor are there any for CIFAR: the
-# ResNet's column is community, solo-learn's; the ViT's and the demo are our choice.
+# (CONFIG.md), which trains vit_base like vit_small. That vit_large and vit_huge are trained so too
+# is our choice: their settings are not public. Nor are there any for CIFAR: the
+# ResNet's column is community, solo-learn's (but lr and crop); the ViT's and demo's our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-r50-100", "imagenet-r50-300", "imagenet-r50-1000",
                 "cifar", "cifar-resnet", "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
@@ -93,7 +94,7 @@ PRETRAIN = {
     "small_images":       (False, False, False, False, True, True, True),  # a ResNet's 3x3 stem, as
     #                    in SimCLR, arXiv:2002.05709, App. B.9; and no margin in the test view
     "zero_init_residual": (True,) * 7,         # of a ResNet: authors' code
-    "patch_size":         (16, 16, 16, 16, 4, 4, 8),  # pixels. Table 2; huge 14. Sec. 6.3: 7
+    "patch_size":         (16, 16, 16, 16, 4, 4, 8),  # pixels. Table 2; vit_huge: 14. Sec. 6.3: 7
     "heads":              (0,) * 7,            # 0: Table 2's, 12 for vit_small (DeiT's, timm's: 6)
     "stem":               ("patch",) * 7,      # conv: authors' code, after arXiv:2106.14881
     "mlp_norm":           ("layer",) * 7,      # batch: ViT-BN, Sec. 6.3
@@ -112,7 +113,7 @@ PRETRAIN = {
     "epochs":             (300, 100, 300, 1000, 800, 1000, 6),        # cifar-resnet: solo-learn
     "batch_size":         (4096, 4096, 4096, 4096, 512, 256, 100),    # of all processes together
     "base_lr":            (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),   # lr: this * batch_size / 256
-    #                    6.0: solo-learn's 0.3 times its trust coefficient 0.02 over ours, 0.001
+    #                    6.0: our choice, solo-learn's 0.3 * 0.02 / 0.001; its LARS clips, ours not
     "warmup_epochs":      (40.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),  # cifar-resnet: solo-learn
     "momentum":           (0.9,) * 7,          # of LARS
     "weight_decay":       (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on everything
@@ -344,15 +345,15 @@ def warmup_cosine(epoch: float, args) -> float:
 
 
 def momentum_schedule(epoch: float, args) -> float:
-    """m: along half a cosine from its start to 1 over the whole run (authors' code), or constant."""
+    """m: by half a cosine from its start to 1 over the whole run (authors' code), or constant."""
     if args.ema_schedule == "constant":
         return args.ema_momentum
     return 1 - (1 - args.ema_momentum) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 
 def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (where it is frozen,
-    the first attention's qkv) and its last block; a ResNet's first convolution and last block."""
+    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (where that is
+    frozen, the first attention's qkv) and last block; a ResNet's first convolution and last block."""
     if isinstance(encoder, ViT):
         first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
         first = first or [*encoder.blocks[0].attn.qkv.parameters()]
@@ -390,15 +391,16 @@ def pretrain(args) -> None:
                    args.predictor, args.predictor_output_bn, args.bn)
     net = prepare(model, args)
     if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
-        model.update_momentum_encoder(0.0)  # --init held an encoder alone: f_k starts as its copy
+        # --init held an encoder alone: f_k starts as a copy of it, as always.
+        model.momentum_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = build_optimizer(model, args)
     run = Run(args, data)
     per_epoch = len(data.train) // args.batch_size
     queue = QueueMonitor(data, args)
     chance, floor = chance_and_floor(args.batch_size, args.temperature)
-    say(f"loss: {chance:.2f} by chance, {floor:.2f} at best (batch {args.batch_size}, temperature "
-        f"{args.temperature:g})")
-    timm_heads(model.encoder, args)
+    say(f"loss: {chance:.2f} by chance, never below {floor:.2f} (batch {args.batch_size}, "
+        f"temperature {args.temperature:g})")
+    timm_note(args)
     largest = torch.zeros(2, device=args.device, dtype=args.dtype)  # norms since the last log line
 
     def step(batch, epoch):
@@ -407,9 +409,7 @@ def pretrain(args) -> None:
         m = momentum_schedule((number + 1) / per_epoch, args)
         loss, q, h, norms = train_step(net, optimizer, *two_views(batch, args), epoch, m, args)
         torch.maximum(largest, norms, out=largest)
-        labels = data.train.labels
-        if record := queue(model.encoder, h, labels if labels is None else labels[batch.shown].to(
-                args.device), number + 1):
+        if record := queue(model.encoder, h, batch.shown, number + 1):
             run.log(epoch=round((number + 1) / per_epoch, 4), step=number + 1, **record)
         return loss, (q, m)
 
@@ -424,12 +424,12 @@ def pretrain(args) -> None:
     run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
     if fit(args, run, data, model, optimizer, step, monitor, views=2,
            evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args)):
-        report_dips(run)
+        report_dips(run, len(data.val or ()))
 
 # ==================================================================================================
-# Here the method ends. What follows is LAMB, for a row of the study, and the machinery that all five
-# scripts share, kept equal to the letter by tests/test_copies.py: command line, processes, data, kNN,
-# run folder, loop, probe.
+# Here the method ends. What follows is LAMB, for a row of the study, and the machinery that all
+# five scripts share, kept equal to the letter by tests/test_copies.py: command line, processes,
+# data, kNN, run folder, loop, probe.
 # ==================================================================================================
 
 # -------------------------------------------------------------------------------------------- LAMB
@@ -575,7 +575,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
                                     + ", at most 1" * share)
     kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
-    args.recipe = args.recipe or recipes(kinds.get(args.data, "imagenet"), args.arch)[0]
+    asked, args.recipe = args.recipe, args.recipe or recipes(kinds.get(args.data, "imagenet"),
+                                                             args.arch)[0]
     column = RECIPE_NAMES.index(args.recipe)
     fields = {name: PRETRAIN[name][column] for name in ENCODER}
     fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
@@ -588,6 +589,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
     args.fields = sorted(fields)
     vars(args).update(fields | args.given)
+    args.given |= {"recipe": asked} if asked else {}
 
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
@@ -618,6 +620,18 @@ def check(args) -> None:
     if given & {"optimizer", "base_lr"} == {"optimizer"} and args.optimizer != usual:
         raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 1.5e-4 for adamw, "
                         "0.3 for lars, 5e-4 with --weight-decay 1e-3 for lamb (ImageNet)")
+    if usual and args.stage == "pretrain":
+        if args.arch[:3] != (made_for := PRETRAIN["arch"][RECIPE_NAMES.index(args.recipe)])[:3]:
+            raise UserError(f"the recipe {args.recipe} is made for {made_for}, not for {args.arch}: "
+                            "give --recipe cifar-resnet")
+        if args.hidden_dim == 0:
+            raise UserError("--hidden-dim 0 leaves the heads without a hidden layer: 1 at least")
+        unused = {"momentum": args.optimizer != "lars", "zero_init_residual": args.arch[:3] == "vit",
+                  "predictor_output_bn": "none" in (args.predictor, args.bn)}
+        for name in unused.keys() & given:
+            if unused[name]:
+                raise UserError(f"{flag[name]} would change nothing here" + (
+                    "; m is --ema-momentum" if name == "momentum" else ""))
     vit_only = [name for name in ("patch_size", "heads", "stem", "mlp_norm", "position", "pooling",
                                   "patch_projection", "clip_patch_grad", "grad_checkpoint")
                 if name in given]
@@ -628,6 +642,8 @@ def check(args) -> None:
     if "width" in given:
         raise UserError(f"--width is for a ResNet, and --arch is {args.arch}: take a smaller --arch")
     args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
+    if args.arch == "vit_huge" and args.recipe == "imagenet" and not (args.init or "patch_size" in given):
+        args.patch_size = 14  # Table 2
     if args.stem == "conv" and args.patch_projection != "learned":
         raise UserError("--stem conv has no patch projection to freeze or to normalise: give "
                         "--patch-projection learned")
@@ -687,8 +703,12 @@ def setup(args) -> None:
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
     args.initial = everywhere(lambda: read_init(args)) if args.init else None
     if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
-        raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
-                        + " or ".join(fitting))
+        if "recipe" in args.given:
+            raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
+                            + " or ".join(fitting))
+        args.recipe = fitting[0]  # --init brought another kind of network
+        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
+                          in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
     check(args)
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
@@ -715,7 +735,9 @@ def bf16_is_native(device: str) -> bool:
 # same as simsiam.py
 def autocast(args):
     """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
-    wanted = args.precision == "bf16" or args.precision == "auto" and bf16_is_native(args.device.type)
+    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # a ViT: half as fast, on AMX
+    wanted = args.precision == "bf16" or (args.precision == "auto" and pays
+                                          and bf16_is_native(args.device.type))
     return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
 
 
@@ -1273,57 +1295,69 @@ class QueueMonitor:
     """
 
     def __init__(self, data, args):
-        self.args, self.queue, self.x = args, [], None
+        self.args, self.data, self.queue, self.pixels = args, data, [], None
         self.steps = max(1, len(data.train) // 10 // args.batch_size)  # that fill the queue
-        self.every = args.knn_every_steps if data.val is not None else 0
-        if self.every:
-            some = (torch.arange(min(1000, len(data.val))) * len(data.val)) // min(1000, len(data.val))
-            parts = [*load(args, data.val, ((i, None) for i in some.split(250)))]
-            shown = torch.cat([index for _, index in parts])
-            report_unreadable(data.val, some, shown)
-            self.x = torch.cat([(x * 255).round().byte() for x, _ in parts])
-            self.labels = data.val.labels[shown.cpu()].to(args.device)
+        self.every = args.knn_every_steps if data.val is not None and args.knn_every else 0
+
+    def load_queries(self) -> None:
+        val = self.data.val
+        n = min(1000, len(val))  # 1,000 are our choice, for speed
+        some = torch.arange(n) * len(val) // n
+        parts = [*load(self.args, val, ((i, None) for i in some.split(250)))]
+        shown = torch.cat([index for _, index in parts])
+        report_unreadable(val, some, shown)
+        self.pixels = torch.cat([(x * 255).round().byte() for x, _ in parts])
+        self.labels = val.labels[shown.cpu()].to(self.args.device)
 
     @torch.no_grad()
-    def __call__(self, encoder: nn.Module, h: Tensor, labels: Tensor, step: int) -> dict[str, float]:
-        """Adds features h [b, feature_dim] and labels [b] of a step; kNN accuracy if it is due."""
+    def __call__(self, encoder: nn.Module, h: Tensor, shown: Tensor, step: int) -> dict[str, float]:
+        """Adds features h [b, feature_dim] of the images shown [b]; kNN accuracy where it is due."""
         if not self.every:
             return {}
+        if self.pixels is None:
+            self.load_queries()
+        labels = self.data.train.labels[shown].to(self.args.device)
         self.queue = [*self.queue[1 - self.steps or 1:], (h.float(), labels)]
         if step % self.every or len(self.queue) < self.steps:
             return {}
-        bank, bank_labels = (all_gather(torch.cat(part)) for part in zip(*self.queue))
+        bank, labels = (all_gather(torch.cat(part)) for part in zip(*self.queue))
+        bank, labels = bank[labels >= 0], labels[labels >= 0]  # STL-10 has images without
+        if len(bank) == 0:
+            return {}
         training = encoder.training
         encoder.eval()
         queries = []
-        for x in self.x.split(250):
+        for x in self.pixels.split(250):
             x = normalize(x.to(self.args.dtype) / 255, self.args.mean, self.args.std)
             with autocast(self.args):
                 queries.append(encoder(x.contiguous(memory_format=torch.channels_last)))
         encoder.train(training)
         k = min(self.args.knn_k, max(1, len(bank) // 20))  # small sets have a short queue: our choice
-        return {"knn_queue": knn_accuracy(bank, bank_labels, torch.cat(queries), self.labels, k,
+        return {"knn_queue": knn_accuracy(bank, labels, torch.cat(queries), self.labels, k,
                                           self.args.knn_temperature)}
 
 
-def report_dips(run: "Run") -> None:
-    """The largest fall of the kNN curve below its highest value so far, said and logged: what
-    instability looks like, while the final accuracy hides it (Sec. 4.1)."""
+def report_dips(run: "Run", queries: int) -> None:
+    """The largest fall of the kNN curve below its highest value so far, said and logged: where it is
+    more than noise, the instability that the final accuracy hides (Sec. 4.1)."""
     if rank() != 0:
         return
     with open(run.path("log.jsonl")) as file:
         lines = [json.loads(line) for line in file]
     name = "knn_queue" if any("knn_queue" in line for line in lines) else "knn"
-    best, dip = 0.0, {"dip": 0.0, "dip_step": 0}
-    for line in lines:
-        if name in line:
-            best = max(best, line[name])
-            if best - line[name] > dip["dip"]:
-                dip = {"dip": best - line[name], "dip_step": line["step"]}
-    if best:
-        run.log(**dip, dip_of=name)
-        say(f"largest fall of the kNN curve ({name}): {100 * dip['dip']:.1f} points, at step "
-            f"{dip['dip_step']}")
+    curve = [(line["step"], line[name]) for line in lines if name in line]
+    best, dip, where = 0.0, 0.0, None
+    for step, value in curve:
+        best = max(best, value)
+        if best - value > dip:
+            dip, where = best - value, step
+    if len(curve) < 2:
+        return
+    run.log(dip=dip, dip_step=where, dip_of=name)
+    queries = min(queries, 1000) if name == "knn_queue" else queries
+    noise = 3 * (best * (1 - best) / queries) ** 0.5  # three standard errors of one reading
+    say(f"the kNN curve ({name}) " + ("never fell" if where is None else
+        f"fell the most at step {where}, by {100 * dip:.1f} points; noise is up to {100 * noise:.1f}"))
 
 
 # -------------------------------------------------------------------------------------- run folder
@@ -1390,8 +1424,9 @@ class Run:
     def compare(self, theirs: dict) -> None:
         theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
         differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
-                  if theirs.get(name) != ours.get(name) and name not in ("data", "recipe")]
-        if differ:  # "images" tells data sets apart wherever they lie
+                  if theirs.get(name) != ours.get(name) and name not in (
+                      "data", "recipe", "grad_checkpoint", "knn_every_steps")]
+        if differ:  # "images" tells data sets apart wherever they lie; the last two change no number
             raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
                             "another --out, or --fresh to start over")
 
@@ -1563,13 +1598,16 @@ def read_init(args) -> SimpleNamespace:
         else:
             state = {f"encoder.{name}": x for name, x in file.items()}
             if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
-                with open(about) as text:
-                    settings = json.load(text)
+                try:
+                    with open(about) as text:
+                        settings = {**json.load(text)}
+                except (OSError, ValueError, TypeError):
+                    raise UserError(f"{about}, beside --init, is no encoder.json of ours") from None
         settings = {name: settings[name] for name in ENCODER if name in settings}
         digest = hashlib.sha256()
         for name in sorted(state):
             digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
-    except (AttributeError, KeyError, TypeError, ValueError, OSError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
                         "official checkpoint") from None
     if settings.get("arch", args.arch) not in CHOICES["arch"]:
@@ -1837,17 +1875,26 @@ def export(args) -> None:
             raise UserError(f"could not write to {args.out}: {error}") from None
 
     on_rank_0(write)
-    timm_heads(model.encoder, args)
     say(f"{os.path.join(args.out, 'encoder.pt')}: {args.arch}")
+    timm_note(args)
 
 
-def timm_heads(encoder: nn.Module, args) -> None:
-    """Says what timm needs to be told so that encoder.pt means the same there."""
+def timm_note(args) -> None:
+    """Says what timm needs to be told so that encoder.pt loads there and means the same."""
     own = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}  # timm's default head counts
-    size = args.arch.removeprefix("vit_")
-    if size in own and args.heads != own[size]:
-        say(f"encoder.pt has {args.heads} heads; timm's {args.arch} has {own[size]} and would load it "
-            f"without a word: give it num_heads={args.heads}")
+    size, patch = args.arch.removeprefix("vit_"), 14 if args.arch == "vit_huge" else 16
+    if size not in own:
+        return
+    if (args.stem, args.position != "none", args.pooling, args.mlp_norm) != (
+            "patch", True, "class", "layer") or args.patch_projection in ("batchnorm", "weightnorm"):
+        return say("encoder.pt: timm has no such ViT")
+    told = {"num_heads": (args.heads, own[size]), "img_size": (args.image_size, 224),
+            "patch_size": (args.patch_size, patch)}
+    told = [f"{name}={ours}" for name, (ours, theirs) in told.items() if ours != theirs]
+    say(f"encoder.pt: for timm's {args.arch}_patch{patch}_224 with num_classes=0"
+        + (f", {', '.join(told)}" if told else "")
+        + (f" (its own {own[size]} heads would load without a word, and be wrong)"
+           if args.heads != own[size] else ""))
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -393,7 +393,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
                                     + ", at most 1" * share)
     kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
-    args.recipe = args.recipe or recipes(kinds.get(args.data, "imagenet"), args.arch)[0]
+    asked, args.recipe = args.recipe, args.recipe or recipes(kinds.get(args.data, "imagenet"),
+                                                             args.arch)[0]
     column = RECIPE_NAMES.index(args.recipe)
     fields = {name: PRETRAIN[name][column] for name in ENCODER}
     fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
@@ -406,6 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
     args.fields = sorted(fields)
     vars(args).update(fields | args.given)
+    args.given |= {"recipe": asked} if asked else {}
 
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
@@ -471,8 +473,12 @@ def setup(args) -> None:
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
     args.initial = everywhere(lambda: read_init(args)) if args.init else None
     if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
-        raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
-                        + " or ".join(fitting))
+        if "recipe" in args.given:
+            raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
+                            + " or ".join(fitting))
+        args.recipe = fitting[0]  # --init brought another kind of network
+        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
+                          in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
     check(args)
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
@@ -496,7 +502,9 @@ def bf16_is_native(device: str) -> bool:
 
 def autocast(args):
     """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
-    wanted = args.precision == "bf16" or args.precision == "auto" and bf16_is_native(args.device.type)
+    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # a ViT: half as fast, on AMX
+    wanted = args.precision == "bf16" or (args.precision == "auto" and pays
+                                          and bf16_is_native(args.device.type))
     return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
 
 
@@ -1065,8 +1073,9 @@ class Run:
     def compare(self, theirs: dict) -> None:
         theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
         differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
-                  if theirs.get(name) != ours.get(name) and name not in ("data", "recipe")]
-        if differ:  # "images" tells data sets apart wherever they lie
+                  if theirs.get(name) != ours.get(name) and name not in (
+                      "data", "recipe", "grad_checkpoint", "knn_every_steps")]
+        if differ:  # "images" tells data sets apart wherever they lie; the last two change no number
             raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
                             "another --out, or --fresh to start over")
 
@@ -1222,13 +1231,16 @@ def read_init(args) -> SimpleNamespace:
         else:
             state = {f"encoder.{name}": x for name, x in file.items()}
             if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
-                with open(about) as text:
-                    settings = json.load(text)
+                try:
+                    with open(about) as text:
+                        settings = {**json.load(text)}
+                except (OSError, ValueError, TypeError):
+                    raise UserError(f"{about}, beside --init, is no encoder.json of ours") from None
         settings = {name: settings[name] for name in ENCODER if name in settings}
         digest = hashlib.sha256()
         for name in sorted(state):
             digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
-    except (AttributeError, KeyError, TypeError, ValueError, OSError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
                         "official checkpoint") from None
     if settings.get("arch", args.arch) not in CHOICES["arch"]:

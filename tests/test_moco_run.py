@@ -99,17 +99,36 @@ def test_the_queue_holds_the_last_tenth_of_an_epoch_and_is_asked_on_time(tmp_pat
     settings.device, settings.dtype = torch.device("cpu"), torch.float32
     images = moco_v3.load_data(settings)
     monitor = moco_v3.QueueMonitor(images, settings)
-    assert monitor.steps == 4 and len(monitor.x) == 1000
+    assert monitor.steps == 4
     # An encoder that gives the class: features of the queries, and of the queue, are one-hot.
     encoder = torch.nn.Module()
     encoder.forward = lambda x: torch.eye(10)[torch.arange(len(x)) % 10]
     found = []
-    for step in range(1, 9):
-        labels = torch.arange(100) % 10 if step != 3 else torch.zeros(100, dtype=torch.long)
-        found.append(monitor(encoder, torch.eye(10)[torch.arange(100) % 10], labels, step))
-    # Full from step 4 on; step 3's wrong labels are outvoted, and gone at step 8.
-    assert [bool(record) for record in found] == [s in (4, 6, 8) for s in range(1, 9)]
-    assert found[-1]["knn_queue"] == 1.0 and len(monitor.queue) == 4
+    for step in range(1, 11):
+        shown = torch.arange(100)  # the demo's image i is of class i % 10
+        right = step != 4  # step 4's features are those of the next class
+        found.append(monitor(encoder, torch.eye(10)[(shown + (not right)) % 10], shown, step))
+    # Full from step 4 on; step 4's are outvoted 3 to 1 while they last, and gone at step 8.
+    assert [bool(record) for record in found] == [s in (4, 6, 8, 10) for s in range(1, 11)]
+    assert [len(monitor.queue), len(monitor.pixels)] == [4, 1000]
+    assert found[7]["knn_queue"] == found[9]["knn_queue"] == 1.0
+
+
+def test_images_without_a_label_have_no_vote_in_the_queue(classes, tmp_path):  # STL-10's are -1
+    settings = moco_v3.parse_args([*"--recipe demo --batch-size 100 --knn-every-steps 1".split()])
+    settings.device, settings.dtype = torch.device("cpu"), torch.float32
+    images = moco_v3.load_data(settings)
+    images.train.labels = images.train.labels.clone()
+    images.train.labels[::2] = -1
+    monitor, encoder = moco_v3.QueueMonitor(images, settings), torch.nn.Module()
+    encoder.forward = lambda x: torch.eye(10)[torch.arange(len(x)) % 10]
+    for step in range(1, 5):
+        record = monitor(encoder, torch.eye(10)[torch.arange(100) % 10], torch.arange(100), step)
+    assert record["knn_queue"] == 0.5  # the even classes have no neighbour left
+    images.train.labels[:] = -1
+    monitor.queue = []
+    for step in range(1, 5):
+        assert monitor(encoder, torch.eye(10)[torch.arange(100) % 10], torch.arange(100), step) == {}
 
 
 def test_gradient_norms_are_the_largest_since_the_last_line(photos, tmp_path):
@@ -125,8 +144,8 @@ def test_gradient_norms_are_the_largest_since_the_last_line(photos, tmp_path):
 
 def test_monitors_change_nothing(classes, tmp_path):
     args = ["--data", classes, "--recipe", "demo", *SMALL, "--steps", 4, "--warmup-epochs", 0.5]
-    assert main(*args, "--knn-every-steps", 1, "--out", tmp_path / "with") == 0
-    assert main(*args, "--knn-every-steps", 0, "--out", tmp_path / "without") == 0
+    assert main(*args, "--knn-every", 1, "--knn-every-steps", 1, "--out", tmp_path / "with") == 0
+    assert main(*args, "--knn-every-steps", 1, "--out", tmp_path / "without") == 0  # --knn-every 0
     assert records(tmp_path / "with", "knn_queue") and not records(tmp_path / "without", "knn_queue")
     assert_same_weights(tmp_path / "with", tmp_path / "without")
 
@@ -137,9 +156,10 @@ def test_the_largest_fall_of_the_knn_curve_is_reported(trained, tmp_path, capsys
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     logged = {}
     moco_v3.report_dips(type("Run", (), {"path": lambda self, name: tmp_path / name,
-                                         "log": lambda self, **record: logged.update(record)})())
+                                         "log": lambda self, **record: logged.update(record)})(), 9999)
     assert logged["dip"] == pytest.approx(0.3) and logged["dip_step"] == 40
-    assert "30.0 points, at step 40" in capsys.readouterr().out
+    said = capsys.readouterr().out  # best 0.6 before: 3 * sqrt(0.7 * 0.3 / 1000)
+    assert "at step 40, by 30.0 points; noise is up to 4.3" in said
     assert len(records(trained, "dip")) == 1  # a run that ends reports it, once
 
 
@@ -152,6 +172,26 @@ def test_later_stages_take_the_runs_architecture(trained, classes, photos, tmp_p
                 tmp_path / "embed") == 0
     assert torch.load(tmp_path / "embed" / "features.pt")["features"].shape == (40, 96)
     assert json.loads((trained / "encoder.json").read_text())["heads"] == 3
+
+
+def test_the_recipe_follows_the_network_that_init_brings(classes, tmp_path):
+    assert main("--data", classes, *RESNET, *SMALL, "--steps", 1, "--out", tmp_path / "run") == 0
+    assert main("linear", "--init", tmp_path / "run" / "last.pt", "--data", "demo", "--workers", 0,
+                "--steps", 1, "--knn-every", 0, "--out", tmp_path / "demo") == 0  # has none for it
+    args = ["linear", "--init", tmp_path / "run" / "last.pt", "--data", classes, "--batch-size", 16,
+            "--steps", 1, "--workers", 0]
+    assert main(*args, "--out", tmp_path / "linear") == 0
+    config = records(tmp_path / "linear", "config")[0]["config"]
+    assert (config["recipe"], config["base_lr"]) == ("imagenet-r50-100", 0.1)
+    assert (config["width"], config["image_size"]) == (0.125, 16)  # the file's
+    assert main(*args, "--recipe", "imagenet", "--out", tmp_path / "refused") == 2
+
+
+def test_what_changes_no_number_may_change_on_resume(classes, tmp_path):
+    args = ["--data", classes, "--recipe", "demo", *SMALL, "--out", tmp_path]
+    assert main(*args, "--steps", 1) == 0
+    assert main(*args, "--steps", 2, "--grad-checkpoint", "--knn-every-steps", 7) == 0
+    assert len(losses(tmp_path)) == 2
 
 
 def test_init_encoder_takes_the_momentum_encoder(trained, tmp_path):
@@ -200,6 +240,13 @@ def test_with_a_constant_momentum_of_0_the_momentum_encoder_is_the_encoder(class
     assert [line["m"] for line in records(tmp_path)] == [0, 0, 0]
 
 
+def test_vit_huge_has_patches_of_14():  # Table 2
+    for flags, patch in ((["vit_huge"], 14), (["vit_huge", "--patch-size", "28"], 28), (["vit_large"], 16)):
+        args = moco_v3.parse_args(["--recipe", "imagenet", "--arch", *flags])
+        moco_v3.check(args)
+        assert args.patch_size == patch
+
+
 MISTAKES = {
     "image of no whole patches": ("--recipe demo --patch-size 5", "no whole number of patches of 5"),
     "heads that share nothing": ("--recipe demo --heads 5", "5 heads do not share 96 channels"),
@@ -220,6 +267,11 @@ MISTAKES = {
     "another architecture than the run's": ("embed --init {r}/last.pt --arch vit_tiny",
                                             "--arch vit_tiny, but"),
     "no momentum encoder": ("export --init {r}/encoder.pt --init-encoder momentum_encoder", "holds no momentum_encoder"),
+    "the demo with a resnet": ("--recipe demo --arch resnet10", "give --recipe cifar-resnet"),
+    "a head without a hidden layer": ("--recipe demo --hidden-dim 0", "without a hidden layer"),
+    "the momentum of another optimizer": ("--recipe demo --momentum 0.99", "m is --ema-momentum"),
+    "no predictor with an output": ("--recipe demo --predictor none --no-predictor-output-bn",
+                                    "would change nothing here"),
     "unknown position": ("--recipe demo --position circular", "invalid choice: 'circular'"),
     "momentum above 1": ("--recipe demo --ema-momentum 1.5", "at most 1"),
     "pretrain's field in export": ("export --init {r}/last.pt --epochs 3", "no setting of the stage export"),
