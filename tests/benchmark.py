@@ -306,21 +306,23 @@ def vit_small_step() -> None:
 
 def main() -> None:
     torch.set_num_threads(os.cpu_count())  # conftest.py takes one
+    parts = {function.__name__: function for function in (
+        augmentation_at_32_px, folder_loader, loop_against_bare_step, lars, lamb_and_ema, precision,
+        vit_small_step)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", help="a tree of photographs")
-    photos = parser.parse_args().photos
+    parser.add_argument("--only", nargs="+", choices=parts, default=[*parts], help="default: all")
+    args = parser.parse_args()
     print(f"{simsiam.cpu_info('model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}", flush=True)
-    augmentation_at_32_px()
-    with tempfile.TemporaryDirectory() as folder:
-        if photos is None:
-            write_images(Path(folder), 60, size=(375, 500))
-        folder_loader(photos or folder)
-    loop_against_bare_step()
-    lars()
-    lamb_and_ema()
-    precision()
-    vit_small_step()
+    for name in args.only:
+        if name == "folder_loader":
+            with tempfile.TemporaryDirectory() as folder:
+                if args.photos is None:
+                    write_images(Path(folder), 60, size=(375, 500))
+                folder_loader(args.photos or folder)
+        else:
+            parts[name]()
 
 
 if __name__ == "__main__":
