@@ -147,7 +147,7 @@ LINEAR = {  # authors' code (main_lincls.py); CIFAR and demo: our choice
     "batch_size":         (1024, 1024, 1024, 1024, 256, 256, 250),
     "momentum":           (0.9,) * 7,
     "weight_decay":       (0.0,) * 7,
-    "crop_min":           (0.08, 0.08, 0.08, 0.08, 0.08, 0.08, 0.4),
+    "crop_min":           (0.08, 0.08, 0.08, 0.08, 0.08, 0.08, 0.75),
     "precision":          PRETRAIN["precision"],
 }
 EMBED = {name: LINEAR[name] for name in ("init_encoder", "precision")}

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -313,6 +314,7 @@ def worker(rank, folder):
         for name in NETWORKS:
             results[world, name] = network_steps(name, rank, world)
         dist.barrier()
+        time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
         dist.destroy_process_group()
     torch.save(results, f"{folder}/rank{rank}.pt")
 
