@@ -108,6 +108,12 @@ def wait_for_step(log: Path, step: int, running: list[subprocess.Popen]) -> None
     raise AssertionError(f"{log} never reached step {step}")
 
 
+def saved_step(out: Path) -> int:
+    """The step that a killed run will go on from; it may have died between two renames."""
+    last = out / "last.pt"
+    return torch.load(last if last.exists() else out / "previous.pt")["step"]
+
+
 def send(running: list[subprocess.Popen], number: signal.Signals) -> None:
     for process in running:
         process.send_signal(number)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TINY, finish, run, send, start, wait_for_step
+from conftest import ROOT, TINY, finish, run, saved_step, send, start, wait_for_step
 
 import simsiam
 
@@ -72,7 +72,7 @@ def test_killed_in_mid_epoch_and_started_again_ends_with_the_same_bits(
     wait_for_step(tmp_path / "log.jsonl", 8, running)
     send(running, signal.SIGKILL)
     finish(running)
-    step = torch.load(tmp_path / "last.pt")["step"]
+    step = saved_step(tmp_path)
     assert 5 <= step < 30
     start_again(processes, *args)
     assert [line["resumed"] for line in records(tmp_path, "resumed")] == [step]

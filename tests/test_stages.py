@@ -157,7 +157,7 @@ def test_embed_leaves_out_what_it_cannot_read(pretrained, tmp_path, capsys):
                 "--out", tmp_path / "out") == 0
     result = torch.load(tmp_path / "out" / "features.pt")
     assert [path[-10:] for path in result["paths"]] == [f"00_{i:03}.jpg" for i in (0, 1, 3, 4)]
-    assert result["features"].shape == (4, 32) and result["labels"] is None
+    assert result["features"].shape == (4, 64) and result["labels"] is None
     assert "00_002.jpg" in capsys.readouterr().out
 
 
