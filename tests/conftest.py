@@ -1,5 +1,6 @@
 """Puts the scripts on the path, and offers what several test files need."""
 
+import json
 import os
 import signal
 import socket
@@ -106,6 +107,16 @@ def wait_for_step(log: Path, step: int, running: list[subprocess.Popen]) -> None
         assert all(process.poll() is None for process in running), finish(running)[1]
         time.sleep(0.05)
     raise AssertionError(f"{log} never reached step {step}")
+
+
+def records(out: Path, kind: str = "loss") -> list[dict]:
+    """The lines of a run's log that hold this key."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
+
+
+def weights(out: Path, name: str = "last.pt") -> dict:
+    return torch.load(out / name)["model"]
 
 
 def saved_step(out: Path) -> int:

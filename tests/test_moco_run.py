@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import finish, run, saved_step, send, start, wait_for_step
+from conftest import finish, records, run, saved_step, send, start, wait_for_step, weights
 
 import moco_v3
 
@@ -18,17 +18,8 @@ def main(*args):
     return moco_v3.main([*map(str, args)])
 
 
-def records(out, kind="loss"):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in line]
-
-
 def losses(out):
     return [line["loss"] for line in records(out)]
-
-
-def weights(out, name="last.pt"):
-    return torch.load(out / name)["model"]
 
 
 def assert_same_weights(a, b):

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TINY, finish, run, saved_step, send, start, wait_for_step
+from conftest import (
+    ROOT, TINY, finish, records, run, saved_step, send, start, wait_for_step, weights)
 
 import simsiam
 
@@ -23,17 +24,8 @@ def main(*args):
     return simsiam.main([*map(str, args)])
 
 
-def records(out, kind="loss"):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in line]
-
-
 def curve(out):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in records(out)]
-
-
-def weights(out, name="last.pt"):
-    return torch.load(out / name)["model"]
 
 
 def assert_same_run(a, b):
