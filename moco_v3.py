@@ -102,9 +102,9 @@ PRETRAIN = {
     "pooling":            ("class",) * 7,      # Sec. 6.2: mean, mean-no-norm
     "patch_projection": ("frozen", "learned", "learned", "learned", "frozen", "learned", "frozen"),
     #                    Sec. 4.2; ResNets have none
-    "projector_layers":   (3, 2, 2, 2, 3, 2, 3),  # App. A (ViT), authors' code (ResNet)
-    "hidden_dim":         (4096, 4096, 4096, 4096, 4096, 4096, 512),  # App. A; solo-learn
-    "dim":                (256, 256, 256, 256, 256, 256, 128),        # C. App. A; solo-learn
+    "projector_layers":   (3, 2, 2, 2, 3, 2, 3),  # paper's text (ViT), authors' code
+    "hidden_dim":         (4096, 4096, 4096, 4096, 4096, 4096, 512),  # authors' code; solo-learn
+    "dim":                (256, 256, 256, 256, 256, 256, 128),        # C. Authors' code; solo-learn
     "predictor":          ("mlp",) * 7,        # Sec. 6.2: none
     "predictor_output_bn": (True, False, False, False, True, False, True),  # as projector_layers
     "bn":                 ("default",) * 7,    # in the heads. Sec. 6.2: none, with batch 2048
@@ -133,7 +133,7 @@ PRETRAIN = {
     "mean":               (IMAGENET_MEAN,) * 4 + (CIFAR_MEAN,) * 2 + ((0.5, 0.5, 0.5),),
     "std":                (IMAGENET_STD,) * 4 + (CIFAR_STD,) * 2 + ((0.25, 0.25, 0.25),),
     # ---------------- study of the instability, and kNN
-    "clip_patch_grad":    (0.0,) * 7,          # Sec. 4.2: the gradient's largest norm; 0: any
+    "clip_patch_grad":    (0.0,) * 7,          # Sec. 4: the gradient's largest norm; 0: any
     "knn_every_steps":    (50, 50, 50, 50, 20, 20, 20),  # App. A: "every tens of iterations"
     "knn_k":              (200,) * 7,          # App. A refers to arXiv:1805.01978, whose values
     "knn_temperature":    (0.07,) * 7,         # these are (recalled)
@@ -204,7 +204,7 @@ def build_encoder(args) -> nn.Module:
                   heads=args.heads, stem=args.stem, mlp_norm=args.mlp_norm, position=args.position,
                   pooling=args.pooling, patch_projection="frozen" if frozen else "learned",
                   grad_checkpoint=getattr(args, "grad_checkpoint", False))
-    if args.patch_projection == "batchnorm":  # Sec. 4.2: neither of the two helps
+    if args.patch_projection == "batchnorm":  # Sec. 4: neither of the two helps
         encoder.patch_embed.norm = nn.BatchNorm2d(encoder.feature_dim)
     elif args.patch_projection == "weightnorm":
         nn.utils.parametrizations.weight_norm(encoder.patch_embed.proj)
@@ -278,7 +278,7 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
     q, k [N, C] of one process, rows of one index from one image -> [], in float32 at least. The
     keys of all processes are the classes, and get no gradient; the mean over processes is the
-    global batch's loss. The factor 2 tau keeps the gradient's size when tau changes (Sec. 3).
+    global batch's loss. The factor 2 tau makes results depend less on tau (Alg. 1).
     """
     q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k))
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
@@ -366,7 +366,7 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, m: float,
     fraction within one; m: of the update. Returns, all detached, the loss [], q1 [N, C], the
     features of x1 [N, feature_dim], and the gradient norms of first and last layer [2]."""
     module = getattr(model, "module", model)
-    lr = args.base_lr * args.batch_size / 256  # Sec. 3: linear scaling, of the global batch
+    lr = args.base_lr * args.batch_size / 256  # linear scaling, of the global batch (paper's text)
     for group in optimizer.param_groups:
         group["lr"] = lr * warmup_cosine(epoch, args)
     with autocast(args):
@@ -377,7 +377,7 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, m: float,
     loss.backward()
     norms = torch.stack([torch.stack(torch._foreach_norm([p.grad for p in layer])).norm()
                          for layer in first_and_last_layer(module.encoder)])
-    if args.clip_patch_grad:  # Sec. 4.2: helps if the threshold is small enough
+    if args.clip_patch_grad:  # Sec. 4: helps if the threshold is small enough
         nn.utils.clip_grad_norm_(module.encoder.patch_embed.parameters(), args.clip_patch_grad)
     optimizer.step()
     module.update_momentum_encoder(m)
@@ -445,7 +445,7 @@ class LAMB(torch.optim.Optimizer):
         w = w - lr * (|w| / |u|) * u                 # the ratio is 1 where either norm is 0
 
     One-dimensional parameters (biases, norms) are neither decayed nor adapted, as in LARS here (our
-    choice; the paper's App. A gives weight decay 1e-3, and no more). eps: LAMB's paper, recalled.
+    choice; the paper gives weight decay 1e-3, Sec. 4.1, and no more). eps: LAMB's paper, recalled.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
