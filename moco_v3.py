@@ -508,10 +508,11 @@ class Parser(argparse.ArgumentParser):
 
 
 # same as simsiam.py
-MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "weight_decay",
-               "hidden_dim", "heads", "jitter", "mean", "jitter_prob", "gray_prob", "blur_prob",
-               "solarize_prob", "clip_patch_grad", "knn_every", "knn_every_steps", "save_every",
-               "keep_every", "steps"}
+MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
+               "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
+               "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob",
+               "clip_patch_grad", "knn_every", "knn_every_steps", "save_every", "keep_every",
+               "steps"}
 
 
 # same as simsiam.py
@@ -536,7 +537,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
     add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
     add("--out", help="run folder (default: runs/<script>-<data>)")
-    add("--init", help="initial weights: last.pt or encoder.pt of a run, or an official checkpoint")
+    add("--init", help="initial weights: last.pt or encoder.pt of a run, an official checkpoint, or none")
     add("--fresh", action="store_true", help="start over, though --out holds a run")
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
@@ -569,7 +570,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, (int, float)) and not isinstance(x, bool):
-                share = name.endswith(("_prob", "momentum")) or name == "crop_min"
+                share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
                 if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
                     least = "0 or more" if name in MAY_BE_ZERO else "above 0"
                     raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
@@ -594,11 +595,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
     if args.stage != "pretrain" and not args.init:
-        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, or an official "
-                        "checkpoint")
+        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
+                        "checkpoint, or none for random weights")
+    args.init = None if args.init == "none" else args.init
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} is too large: below 2**63")
-    if args.stage == "pretrain" and args.accumulate > 1:
+    if args.stage in ("pretrain", "finetune") and args.accumulate > 1:
         raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
                         "take a smaller --batch-size or more processes")
     args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
@@ -695,7 +697,7 @@ def setup(args) -> None:
     if getattr(args, "batch_size", 0) % world_size():
         raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
                         f"of the {world_size()} processes")
-    if args.stage == "pretrain" and args.batch_size < 2:
+    if args.stage in ("pretrain", "finetune") and args.batch_size < 2:
         raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -852,7 +854,8 @@ def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tens
 
 
 # same as simsiam.py
-def crop_boxes(u: Tensor, height: int, width: int, crop_min: float) -> tuple[Tensor, ...]:
+def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
+               flip_prob: float = 0.5) -> tuple[Tensor, ...]:
     """torchvision's RandomResizedCrop for many images at once: shares of the area from crop_min to
     1, aspect ratios 3/4 to 4/3, ten tries, else the centre. u [B, CROP_DRAWS] -> top, left, height,
     width, flipped or not; [B] each."""
@@ -865,7 +868,7 @@ def crop_boxes(u: Tensor, height: int, width: int, crop_min: float) -> tuple[Ten
     h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / (3 / 4)))).long()
     top = torch.where(found, u[:, 20] * (height - h + 1), (height - h) // 2).long()
     left = torch.where(found, u[:, 21] * (width - w + 1), (width - w) // 2).long()
-    return top, left, h, w, u[:, 22] < 0.5
+    return top, left, h, w, u[:, 22] < flip_prob
 
 
 # same as simsiam.py
@@ -1143,15 +1146,17 @@ class Stage1(Dataset):
     shown.
     """
 
-    def __init__(self, images: Images, size: int, crop_min: float, margin: float):
-        self.images, self.size, self.crop_min, self.margin = images, size, crop_min, margin
+    def __init__(self, images: Images, size: int, crop_min: float, margin: float,
+                 flip_prob: float = 0.5):
+        self.images, self.size, self.margin = images, size, margin
+        self.crop_min, self.flip_prob = crop_min, flip_prob
 
     def __getitem__(self, key) -> tuple[Tensor, int]:
         x, shown = self.images.read(key[0])
         if key[1] is None:
             x = vision.resize(x, [round(self.size * self.margin)], antialias=True)
             return vision.center_crop(x, [self.size, self.size])[None], shown
-        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min)
+        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min, self.flip_prob)
         views = []
         for *box, flip in zip(*(box.tolist() for box in boxes)):
             view = vision.resized_crop(x, *box, [self.size, self.size], antialias=True)
@@ -1173,11 +1178,13 @@ def load(args, images: Images, wanted, crop_min: float = 1.0):
     first view before the second, and the indices shown [b]: others than wanted where unreadable."""
     size = args.image_size
     margin = 1 if args.small_images else 8 / 7  # 256 for 224 px: authors' code; nothing at 32 px
+    flip_prob = getattr(args, "flip_prob", 0.5)  # where it is no field of the recipe, half of them
     if images.pixels is None:
         keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
                 for index, crop in wanted)
-        for x, shown in DataLoader(Stage1(images, size, crop_min, margin), batch_sampler=keys,
-                                   num_workers=args.workers, worker_init_fn=ignore_signals,
+        for x, shown in DataLoader(Stage1(images, size, crop_min, margin, flip_prob),
+                                   batch_sampler=keys, num_workers=args.workers,
+                                   worker_init_fn=ignore_signals,
                                    pin_memory=args.device.type == "cuda"):
             x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             yield x.to(args.dtype) / 255, shown
@@ -1188,7 +1195,7 @@ def load(args, images: Images, wanted, crop_min: float = 1.0):
     for index, crop in wanted:
         x = images.pixels[index.to(args.device)].to(args.dtype) / 255
         boxes = [[torch.tensor([value]).expand(len(x)) for value in centre]] if crop is None else [
-            crop_boxes(u, height, width, crop_min) for u in crop.unbind(1)]
+            crop_boxes(u, height, width, crop_min, flip_prob) for u in crop.unbind(1)]
         yield torch.cat([resized_crop(x, box, size) for box in boxes]), index
 
 

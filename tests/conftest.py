@@ -1,12 +1,15 @@
 """Puts the scripts on the path, and offers what several test files need."""
 
+import importlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -71,23 +74,69 @@ def classes(tmp_path_factory) -> Path:
     return root
 
 
-def start(script: str, *args, processes: int = 0, **env) -> list[subprocess.Popen]:
-    """Starts a script: plain (processes=0) or as so many ranks, as torchrun would set them up."""
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    ranks = [{}]
-    if processes:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes),
-                  "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": port} for r in range(processes)]
-    return [subprocess.Popen(command, env={**base, **r}, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True) for r in ranks]
+class Forked:
+    """A child of this very process, which has torch loaded already, in place of a new one that would
+    take seconds to load it; with as much of subprocess.Popen as is needed here."""
+
+    def __init__(self, script: str, args: list[str], env: dict[str, str]):
+        self.output, self.returncode = tempfile.TemporaryFile("w+"), None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                os.dup2(self.output.fileno(), 1)
+                os.dup2(self.output.fileno(), 2)
+                sys.stdout = open(1, "w", buffering=1, closefd=False)
+                sys.stderr = open(2, "w", buffering=1, closefd=False)
+                os.environ.update(env)
+                sys.argv = [str(ROOT / script), *args]
+                code = importlib.import_module(script.removesuffix(".py")).main(args)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        end = time.time() + timeout
+        while self.poll() is None:
+            if time.time() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"process {self.pid}: more than {timeout} seconds")
+            time.sleep(0.02)
+        self.output.seek(0)
+        return self.output.read(), None
 
 
-def finish(running: list[subprocess.Popen], timeout: float = 180) -> tuple[list[int], str]:
+def start(script: str, *args, processes: int = 0, **env) -> list:
+    """Starts a script: plain (processes=0), as a reader does, or as so many ranks, with what
+    torchrun would tell them."""
+    env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
+    args = [*map(str, args)]
+    if not processes:
+        return [subprocess.Popen([sys.executable, str(ROOT / script), *args],
+                                 env={**os.environ, **env}, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True)]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return [Forked(script, args, {**env, "RANK": str(r), "LOCAL_RANK": str(r),
+                                  "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+            for r in range(processes)]
+
+
+def finish(running: list, timeout: float = 180) -> tuple[list[int], str]:
     """Waits for all; their exit codes and all that they printed."""
     outputs = [process.communicate(timeout=timeout)[0] for process in running]
     return [process.returncode for process in running], "".join(outputs)
@@ -99,7 +148,7 @@ def run(script: str, *args, processes: int = 0, **env) -> str:
     return output
 
 
-def wait_for_step(log: Path, step: int, running: list[subprocess.Popen]) -> None:
+def wait_for_step(log: Path, step: int, running: list) -> None:
     """Until log.jsonl has a training line of this step or a later one."""
     for _ in range(1200):
         if log.exists() and any(f'"step": {s},' in log.read_text() for s in range(step, step + 9)):
@@ -125,6 +174,6 @@ def saved_step(out: Path) -> int:
     return torch.load(last if last.exists() else out / "previous.pt")["step"]
 
 
-def send(running: list[subprocess.Popen], number: signal.Signals) -> None:
+def send(running: list, number: signal.Signals) -> None:
     for process in running:
         process.send_signal(number)

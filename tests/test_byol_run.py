@@ -1,0 +1,260 @@
+"""byol.py as a program, in short: ranks, kill and resume, monitors, labels, stages, mistakes."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import finish, records, run, saved_step, send, start, wait_for_step, weights
+
+import byol
+
+SMALL = ["--recipe", "demo", "--width", "0.125", "--image-size", "16", "--dim", "8", "--hidden-dim",
+         "16", "--batch-size", "16", "--workers", "0", "--knn-every", "0", "--precision", "fp32",
+         "--log-every", "1"]
+TUNE = ["--workers", "0", "--precision", "fp32", "--batch-size", "2", "--epochs", "2"]
+
+
+def main(*args):
+    return byol.main([*map(str, args)])
+
+
+def losses(out):
+    return [line["loss"] for line in records(out)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(classes, tmp_path_factory):
+    """Two epochs of three steps on 48 images of three classes, 16 px."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main("--data", classes, *SMALL, "--epochs", 2, "--warmup-epochs", 0.5, "--knn-every", 1,
+                "--out", out) == 0
+    return out
+
+
+def test_two_processes_are_the_same_run_as_one(classes, tmp_path):
+    args = ["--data", classes, *SMALL, "--precision", "fp64", "--steps", "4", "--warmup-epochs", "0.5"]
+    assert main(*args, "--out", tmp_path / "one") == 0
+    run("byol.py", *args, "--out", tmp_path / "two", processes=2)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-10)
+    assert len(losses(tmp_path / "one")) == 4
+    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0,
+                               atol=1e-10)
+
+
+def test_killed_and_started_again_ends_with_the_same_bits(classes, tmp_path):
+    args = ["--data", classes, *SMALL, "--epochs", "12"]
+    running = start("byol.py", *args, "--out", tmp_path / "killed")
+    wait_for_step(tmp_path / "killed" / "log.jsonl", 10, running)
+    send(running, signal.SIGKILL)
+    finish(running)
+    assert 0 < saved_step(tmp_path / "killed") < 36
+    for name in ("killed", "whole"):
+        assert main(*args, "--out", tmp_path / name) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 36
+    assert same(weights(tmp_path / "killed").values(), weights(tmp_path / "whole").values())
+    assert [line["tau"] for line in records(tmp_path / "whole")] == [
+        byol.ema_tau(k, 36, byol.PRETRAIN["base_tau"][-1] ** (16 / 100)) for k in range(36)]
+
+
+def test_the_target_is_in_the_checkpoint_and_not_in_the_optimizer(trained):
+    checkpoint = torch.load(trained / "last.pt")
+    names = {name.split(".")[0] for name in checkpoint["model"]}
+    assert names == {"encoder", "projector", "predictor", "target_encoder", "target_projector"}
+    args = byol.parse_args([*SMALL])
+    model = byol.BYOL(byol.build_encoder(args), args.dim, args.hidden_dim, args.output_bn)
+    trainable = sum(p.requires_grad for p in model.parameters())
+    assert len(checkpoint["optimizer"]["state"]) == trainable
+
+
+def test_the_monitors_are_those_of_the_log(trained):
+    first, *_, last = records(trained)
+    assert first["target_distance"] == 0 < last["target_distance"]  # step 0 has lr 0
+    assert first["tau"] < last["tau"] < 1 and {"std", "rank", "z_norm"} <= last.keys()
+    assert [line["epoch"] for line in records(trained, "knn")] == [0, 1, 2]
+
+
+def test_the_log_gives_the_distance_of_the_networks_after_the_step(trained):
+    model = weights(trained)
+    parameters = dict(byol.BYOL(byol.resnet(10, 0.125, small_images=True), 8, 16, True).named_parameters())
+    pairs = [(model[name.removeprefix("target_")], model[name]) for name in parameters
+             if name.startswith("target_")]
+    ahead = sum((a - b).square().sum() for a, b in pairs).sqrt()
+    length = sum(a.square().sum() for a, b in pairs).sqrt()
+    assert records(trained)[-1]["target_distance"] == pytest.approx((ahead / length).item(), rel=1e-5)
+
+
+def test_a_fixed_target_stays_and_one_without_memory_follows_at_once(classes, tmp_path):
+    for tau in (0, 1):
+        assert main("--data", classes, *SMALL, "--warmup-epochs", 0.5, "--base-tau", tau,
+                    "--tau-schedule", "constant", "--steps", 3, "--out", tmp_path / str(tau)) == 0
+        distances = [line["target_distance"] for line in records(tmp_path / str(tau))]
+        assert {line["tau"] for line in records(tmp_path / str(tau))} == {tau}
+        assert (max(distances) == 0) == (tau == 0)
+    assert distances[0] == 0 < distances[1] < distances[2]  # tau 1: it is left behind
+
+
+def test_tau_follows_the_batch_size_and_says_so(classes, tmp_path, capsys):
+    assert main("--data", classes, *SMALL, "--steps", 1, "--out", tmp_path / "a") == 0
+    base = byol.PRETRAIN["base_tau"][-1]
+    assert "(the recipe's to the power of 16 / 100)" in capsys.readouterr().out
+    assert records(tmp_path / "a")[0]["tau"] == pytest.approx(base ** 0.16)
+    assert main("--data", classes, *SMALL, "--base-tau", 0.5, "--steps", 1, "--out", tmp_path / "b") == 0
+    assert "power" not in capsys.readouterr().out and records(tmp_path / "b")[0]["tau"] == 0.5
+
+
+def test_every_ablation_trains(classes, tmp_path):
+    for i, flags in enumerate((
+            "--predictor none", "--no-output-bn --base-tau 0 --predictor-lr-mult 10",
+            "--beta 1", "--beta 0.5 --alpha 0.3 --target online", "--jitter-prob 0 --gray-prob 0",
+            "--jitter-prob 0 --gray-prob 0 --flip-prob 0 --solarize-prob 0 0.5 --blur-prob 1 0",
+            "--optimizer sgd --base-lr 0.1", "--arch vit_mini --patch-size 8 --optimizer adamw "
+            "--base-lr 1e-3")):
+        small = SMALL[:2] + SMALL[4:] if "vit" in flags else SMALL
+        out = tmp_path / str(i)
+        assert main("--data", classes, *small, *flags.split(), "--steps", 2, "--warmup-epochs", 0.5,
+                    "--out", out) == 0, flags
+        assert len(losses(out)) == 2 and losses(out)[0] != losses(out)[1]
+
+
+def test_without_flips_every_crop_is_as_the_image_was():
+    u = torch.rand(200, byol.CROP_DRAWS, dtype=torch.float64)
+    for prob, least, most in ((0.0, 0, 0), (1.0, 200, 200), (0.5, 60, 140)):
+        assert least <= byol.crop_boxes(u, 32, 32, 0.08, prob)[4].sum() <= most
+    images = byol.Images(np.array(["a"]), pixels=torch.arange(3 * 64).byte().view(1, 3, 8, 8))
+    args = byol.parse_args(["--recipe", "demo", "--image-size", "8"])
+    args.device, args.dtype = torch.device("cpu"), torch.float32
+    mirrored = []
+    for args.flip_prob in (0.0, 1.0):
+        draws = torch.full((1, 1, byol.CROP_DRAWS), 0.5)
+        mirrored.append(next(byol.load(args, images, [(torch.tensor([0]), draws)], 1.0))[0])
+    assert torch.equal(mirrored[0].flip(3), mirrored[1]) and not torch.equal(*mirrored)
+
+
+# ---------------------------------------------------------------------------------- labels, stages
+
+
+def labelled(classes, labels, *flags):
+    args = byol.parse_args(["finetune", "--init", "none", "--data", str(classes), "--labels",
+                            str(labels), "--batch-size", "1", *flags])
+    args.device, args.dtype, args.workers = torch.device("cpu"), torch.float32, 0
+    return byol.labelled(byol.load_data(args, labels=True).train, args)
+
+
+def test_a_share_of_the_labels_is_the_same_of_every_class_and_of_every_run(classes):
+    some, more = labelled(classes, 0.25), labelled(classes, 0.5)
+    assert some.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4  # 16 of each class
+    assert {*some.names} < {*more.names} and len(more) == 24
+    assert [*labelled(classes, 0.25).names] == [*some.names]
+    assert [*labelled(classes, 0.25, "--seed", "1").names] != [*some.names]
+    assert len(labelled(classes, 0.01)) == 3 and len(labelled(classes, 1.0)) == 48  # 1 at least
+
+
+def test_pixels_names_and_labels_stay_together(classes):
+    whole, some = labelled(classes, "1"), labelled(classes, 0.25)
+    place = {name: i for i, name in enumerate(whole.names)}
+    for name, label, pixels in zip(some.names, some.labels, some.pixels):
+        assert label == whole.labels[place[name]] and torch.equal(pixels, whole.pixels[place[name]])
+
+
+@pytest.mark.parametrize("form", ["path", "name"])  # ours, and that of SimCLR's lists
+def test_a_list_of_images_is_read_back(form, classes, tmp_path):
+    names = [name.decode() for name in labelled(classes, 0.25).names]
+    lines = [name if form == "path" else name.split("/")[1] for name in reversed(names)]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n\n")
+    images = labelled(classes, tmp_path / "list.txt")
+    assert [name.decode() for name in images.names] == names[::-1]
+    assert images.labels.tolist() == [2] * 4 + [1] * 4 + [0] * 4
+
+
+def test_finetuning_trains_the_whole_network_and_linear_evaluation_its_classifier(
+        trained, classes, tmp_path):
+    before = {name.removeprefix("encoder."): x for name, x in weights(trained).items()
+              if name.startswith("encoder.")}
+    for stage in ("linear", "finetune"):
+        out = tmp_path / stage
+        assert main(stage, "--init", trained / "last.pt", "--data", classes, *TUNE, "--labels", 0.25,
+                    "--out", out) == 0
+        after = torch.load(out / "encoder.pt")
+        changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+        assert changed == (set() if stage == "linear" else set(after))  # buffers too
+        assert len((out / "labels.txt").read_text().splitlines()) == 12
+        assert len(records(out, "top1")) == 3 and weights(out)["fc.weight"].abs().max() > 0
+    # The list written is the one that makes the same run.
+    assert main("finetune", "--init", trained / "last.pt", "--data", classes, *TUNE, "--labels",
+                tmp_path / "finetune" / "labels.txt", "--out", tmp_path / "again") == 0
+    assert same(weights(tmp_path / "again").values(), weights(tmp_path / "finetune").values())
+
+
+def test_finetuning_from_scratch_starts_at_random_and_evaluates_when_asked(classes, tmp_path):
+    assert main("finetune", "--init", "none", "--data", classes, *TUNE, "--recipe", "demo", "--width",
+                0.125, "--image-size", 16, "--epochs", 3, "--knn-every", 2, "--out", tmp_path) == 0
+    assert [line["epoch"] for line in records(tmp_path, "top1")] == [0, 2, 3]
+    assert records(tmp_path, "config")[0]["config"]["init"] is None
+    lr = [line["lr"] for line in records(tmp_path)]
+    assert lr[0] == byol.FINETUNE["base_lr"][-1] * 2 / 256  # a cosine from the first step on
+
+
+def test_finetuning_resumes_to_the_same_bits_and_refuses_other_labels(trained, classes, tmp_path):
+    args = ["finetune", "--init", trained / "last.pt", "--data", classes, *TUNE]
+    for steps in (3, 0):
+        assert main(*args, "--labels", 0.25, "--steps", steps, "--out", tmp_path / "paused") == 0
+    assert main(*args, "--labels", 0.25, "--out", tmp_path / "whole") == 0
+    assert same(weights(tmp_path / "paused").values(), weights(tmp_path / "whole").values())
+    assert main(*args, "--labels", 0.5, "--out", tmp_path / "whole") == 2
+
+
+def test_the_target_encoder_can_be_evaluated(trained, photos, tmp_path):
+    found = []
+    for which in ("encoder", "target_encoder"):
+        assert main("embed", "--init", trained / "last.pt", "--init-encoder", which, "--data", photos,
+                    "--workers", 0, "--out", tmp_path / which) == 0
+        found.append(torch.load(tmp_path / which / "features.pt")["features"])
+    assert found[0].shape == (40, 64) and not torch.equal(*found)
+
+
+def test_pretraining_from_an_encoder_alone_starts_the_target_as_its_copy(trained, classes, tmp_path):
+    assert main("--data", classes, *SMALL, "--warmup-epochs", 0.5, "--steps", 1, "--init",
+                trained / "encoder.pt", "--out", tmp_path) == 0
+    assert records(tmp_path)[0]["target_distance"] == 0  # the first step has lr 0
+
+
+MISTAKES = {
+    "share above 1": ("finetune --init none --labels 2", "--labels 2 makes no sense"),
+    "share of 0": ("finetune --init none --labels 0", "--labels 0 makes no sense"),
+    "no such list": ("finetune --init none --labels nothing.txt", "neither a share such as 0.01"),
+    "a list of other images": ("finetune --init none --labels {r}/log.jsonl", "not among the training"),
+    "fewer labels than the batch": ("finetune --init none --labels 0.01 --batch-size 500",
+                                    "more than the 40 images of --labels 0.01"),
+    "parts of a fine-tuning batch": ("finetune --init none --accumulate 2", "would change the method"),
+    "no init at all": ("finetune", "or none for random weights"),
+    "labels in pre-training": ("--labels 0.1", "no setting of the stage pretrain"),
+    "lars for a vit": ("--arch vit_mini", "give --optimizer adamw"),
+    "an optimizer without its lr": ("--optimizer adamw", "takes a --base-lr of its own"),
+    "width of a vit": ("--recipe imagenet-vit --width 0.5", "--width 0.5 is for a ResNet"),
+    "patches of a resnet": ("--patch-size 4", "--patch-size 4 is for a ViT"),
+    "image of no whole patches": ("--recipe imagenet-vit --image-size 30", "no whole number of patches"),
+    "lr of no predictor": ("--predictor none --predictor-lr-mult 3", "would change nothing here"),
+    "tau of no target": ("--target online --base-tau 0.5", "would change nothing here"),
+    "temperature of no negatives": ("--alpha 0.2", "would change nothing here"),
+    "tau above 1": ("--base-tau 1.5", "at most 1"),
+    "too narrow": ("--width 0.0625", "0.125 is the least"),
+    "a head without a hidden layer": ("--hidden-dim 0", "without a hidden layer"),
+    "another method's official file": ("linear --init {r}/official.pth", "BYOL's are pickles of JAX"),
+    "recipe of another family": ("--recipe imagenet --arch vit_small", "give --recipe imagenet-vit"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path, capsys):
+    flags, sentence = MISTAKES[mistake]
+    if "official" in flags:
+        torch.save({"arch": "resnet50", "state_dict": {}}, trained / "official.pth")
+    assert main(*flags.format(r=trained).split(), "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
