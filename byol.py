@@ -5,40 +5,40 @@ version of 35 pages; "authors' code" is google-deepmind/deepmind-research at f5d
 (JAX), of which we know the settings (this file is written from the paper). Algorithm 1, in the
 paper's letters:
 
-    v, v' = t(x), t'(x)                         # two views, from two distributions  [B, 3, S, S]
-    z, w = g(f(v)), g(f(v'))                    # online: encoder f, projector g; weights theta
-    z', w' = g'(f'(v')), g'(f'(v))              # target: the same networks with weights xi
-    L = |q(z) - z'|^2 + |q(w) - w'|^2           # Eq. (2), all at length 1: 2 - 2 cos each; q is
-                                                # the predictor, which the target has none of
-    update theta by LARS on L                   # xi counts as a constant
-    xi = tau * xi + (1 - tau) * theta           # by the updated theta; tau rises to 1 (Sec. 3.3)
+    v, v' = t(x), t'(x)                    # two views, from two distributions       [B, 3, S, S]
+    z, w = g(f(v)), g(f(v'))               # online: encoder f, projector g; weights theta   [B, d]
+    z', w' = g'(f'(v')), g'(f'(v))         # target: the same networks with weights xi       [B, d]
+    L = |q(z) - z'|^2 + |q(w) - w'|^2      # Eq. (2), all scaled to length 1: 2 - 2 cos each; only
+                                           # the online network has a predictor, q
+    update theta by LARS on L              # xi counts as a constant
+    xi = tau * xi + (1 - tau) * theta      # by the updated theta; tau rises to 1 (Sec. 3.3)
 
-No negatives: with an optimal predictor the online network descends the variance of z' that z leaves
-unexplained, which no constant z makes small (Sec. 3.2). Without the predictor the output collapses
-(Table 5b, line "no predictor, beta 0"); so it does with tau = 0, unless the predictor learns faster.
+No negatives: with an optimal predictor the online network descends the variance of z' that z
+leaves unexplained, which no constant z makes small (Sec. 3.2). Without the predictor the output
+collapses (Table 5b); so it does with tau = 0, unless the predictor learns faster (Table 21).
 
 Each view passes alone, through either network in train mode: four forward passes, each with its own
 batch norm statistics. xi is an average of parameters; the target's running statistics are of its
-own batches, and serve --init-encoder target_encoder alone. Both networks start equal (authors' code:
-from two random seeds; no notable difference, it says). The features are the online encoder's.
+own batches, and serve --init-encoder target_encoder alone. Both networks start equal (authors'
+code: from two random seeds; no notable difference, it says). One keeps the online encoder.
 
 Where paper and authors' code differ, the code's settings are used, for the published checkpoints
 are its: last layers of the heads without bias, bottlenecks' last batch norms at zero.
 
-Departures: bfloat16 forward pass on hardware that has it; crops resized bilinearly (there: bicubic),
-torchvision's colour operations (there: brightness by an offset, contrast around each channel's
-mean), symmetric padding of strided layers (there: TensorFlow's), He initialisation (there: truncated
-normal, 1 / sqrt(fan_in); its scale does not matter, Sec. 5); what is left over of an epoch is dropped
-(there: batches run across epochs); in fine-tuning batch norm over all processes (there: each one's
-own); no linear classifier trained beside the loss: kNN in its place. Official checkpoints, pickles
-of JAX arrays that want the authors' package, are not read.
+Departures: bfloat16 forward pass on hardware that has it; crops resized bilinearly (there:
+bicubic), torchvision's colour operations (there: brightness by an offset, contrast around each
+channel's mean), symmetric padding of strided layers (there: TensorFlow's), He initialisation
+(there: truncated normal, 1 / sqrt(fan_in); its scale does not matter, Sec. 5); what is left over
+of an epoch is dropped (there: batches run across epochs); in fine-tuning batch norm over all
+processes (there: each one's own); no linear classifier trained beside the loss: kNN in its place.
+Official checkpoints, pickles of JAX arrays that want the authors' package, are not read.
 
     python byol.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs; --recipe imagenet-300
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet --arch vit_small  # in MoCo v3's paper
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet --batch-size 512  # tau 0.996 ** (1/8)
     python byol.py --predictor none --out runs/collapse        # Table 5b; see README for the others
-    python byol.py --base-tau 0 --tau-schedule constant --predictor-lr-mult 10 --out runs/t  # Table 21
+    python byol.py --base-tau 0 --tau-schedule constant --predictor-lr-mult 10 --out runs/table21
     python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01   # with 1 % of the labels
     python byol.py finetune --init none --labels 0.01 --out runs/scratch  # the same from scratch
     python byol.py linear --init runs/byol-demo/last.pt        # linear evaluation
@@ -78,6 +78,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
+
 from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synchronize_batch_norm,
                     vit)
 
@@ -85,8 +86,8 @@ from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synch
 
 # Every field is also a flag (--base-lr 0.2). Columns: ImageNet with 1000 (the paper's main result),
 # 300 (all its ablations), 100 and 40 epochs, from the authors' code; ViT, from the MoCo v3 paper
-# (arXiv:2104.02057, Sec. 4.2), what it leaves open as in moco_v3.py; CIFAR, for which the paper has no
-# recipe: the authors' code's for Imagenette (ResNet-18, one GPU); the demo's, our choice throughout.
+# (arXiv:2104.02057, Sec. 4.2), what it leaves open as in moco_v3.py; CIFAR, for which the paper has
+# no recipe: the authors' code's for Imagenette (ResNet-18, one GPU); the demo's: our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-300", "imagenet-100", "imagenet-40", "imagenet-vit", "cifar",
                 "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
@@ -96,9 +97,9 @@ PRETRAIN = {
     "arch":               ("resnet50",) * 4 + ("vit_small", "resnet18", "resnet10"),
     "width":              (1.0,) * 6 + (0.25,),  # of a ResNet. Table 1: 1 to 4
     "small_images":       (False,) * 5 + (True, True),  # a ResNet's 3x3 stem. community: solo-learn
-    "zero_init_residual": (True,) * 5 + (False, False),  # of a ResNet: authors' code, of bottlenecks
-    "patch_size":         (16,) * 5 + (4, 8),  # of a ViT, pixels; heads: 0 stands for 12 (vit_small)
-    "heads":              (0,) * 7,
+    "zero_init_residual": (True,) * 5 + (False, False),  # of bottlenecks: authors' code
+    "patch_size":         (16,) * 5 + (4, 8),  # of a ViT, pixels
+    "heads":              (0,) * 7,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
     "patch_projection":   ("frozen",) * 7,     # of a ViT. arXiv:2104.02057, Sec. 4.2
     "hidden_dim":         (4096,) * 6 + (512,),  # of both heads: authors' code
     "dim":                (256,) * 6 + (128,),   # of z: authors' code
@@ -142,7 +143,7 @@ LINEAR = {  # authors' code. CIFAR and demo: our choice
     # ---------------- imagenet: 1000, 300, 100, 40 epochs --- vit ------ cifar ------- demo
     "init_encoder":       ("encoder",) * 7,    # or target_encoder, of --init
     "labels":             ("1.0",) * 7,        # share of the labels, or a file that lists images
-    "base_lr":            (0.2,) * 7,          # paper: the best of .4 .3 .2 .1 .05 on images held out
+    "base_lr":            (0.2,) * 7,          # paper: best of .4 .3 .2 .1 .05, on images held out
     "epochs":             (80,) * 5 + (80, 30),
     "batch_size":         (4096,) * 5 + (256, 250),  # paper: 1024
     "momentum":           (0.9,) * 7,          # Nesterov's
@@ -150,8 +151,8 @@ LINEAR = {  # authors' code. CIFAR and demo: our choice
     "crop_min":           (0.08,) * 6 + (0.4,),
     "precision":          ("auto",) * 7,
 }
-FINETUNE = {**LINEAR,  # App. C.1: the best of 30 and 50 epochs and of lr .01 .02 .05 .1 .005 (which
-            #  may be before or after the factor batch_size / 256) on images held out. CIFAR, demo: ours
+FINETUNE = {**LINEAR,  # App. C.1: the best of 30, 50 epochs and of lr .01 .02 .05 .1 .005 (which
+            #  may be before or after the factor batch_size / 256), on images held out; else: ours
             "labels": ("0.01",) * 7,
             "base_lr": (0.02,) * 5 + (0.1, 0.1),
             "epochs": (50,) * 5 + (50, 30),
@@ -285,11 +286,12 @@ def byol_loss(p: Tensor, z: Tensor, *, stop_grad: bool = True) -> Tensor:
 
 
 def negatives_loss(p: Tensor, z: Tensor, z_same: Tensor, alpha: float) -> Tensor:
-    """What beta weights in Table 5b: 2 alpha log sum exp(cos / alpha) over all targets z of the other
-    view and those of the own view, z_same, but the own image's. The mean over the images.
+    """What beta weights in Table 5b: 2 alpha log sum exp(cos(p, .) / alpha), over all targets z of
+    the other view and those of the own view, z_same, but the own image's. The mean over the images.
 
     p, z, z_same [B, d] of one process -> []; the targets are those of all processes, with gradient
-    where they have one. byol_loss + beta * this is at beta 1 InfoNCE times 2 alpha, plus 2 (App. F.5).
+    where they have one. At beta 1, byol_loss + beta * this is InfoNCE times 2 alpha, plus 2
+    (App. F.5; that views of the own kind count among the negatives: recalled).
     """
     with torch.autocast(p.device.type, enabled=False):  # which would round the products
         other, same = (unit(p) @ gather_with_gradient(unit(t)).T / alpha for t in (z, z_same))
@@ -410,8 +412,9 @@ def pretrain(args) -> None:
     def monitor(seen):
         z, tau = seen
         z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z), "z_norm": z.norm(dim=1).mean().item(),
-                "tau": tau, "target_distance": model.target_distance()}
+        return {"std": feature_std(z), "rank": effective_rank(z),
+                "z_norm": z.norm(dim=1).mean().item(), "tau": tau,
+                "target_distance": model.target_distance()}
 
     run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
     fit(args, run, data, model, optimizer, step, monitor, views=2,

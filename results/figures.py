@@ -64,6 +64,46 @@ def training() -> None:
     save(figure, "moco_v3-cifar10-jpeg.png")
 
 
+COLLAPSE = (("byol", "BYOL", "black"), ("no-predictor", "no predictor", "tab:red"),
+            ("tau-0", "tau 0 (no memory)", "tab:orange"),
+            ("tau-0-fast-predictor", "tau 0, predictor 10 times faster", "tab:green"),
+            ("tau-1", "tau 1 (fixed random target)", "tab:blue"),
+            ("negatives", "no predictor, online target, negatives", "tab:purple"),
+            ("official-head", "BYOL without the demo's output BN", "tab:gray"))
+
+
+def collapse() -> None:
+    """BYOL, Tables 5, 19, 21 on the built-in images: what keeps the output from collapsing."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for run, label, colour in COLLAPSE:
+        log = f"byol-collapse-{run}.jsonl"
+        for axis, name in zip(axes.flat, ("rank", "std", "loss", "knn")):
+            axis.plot(*curve(log, name), "o-" if name == "knn" else "-", color=colour, label=label,
+                      linewidth=1.2)
+    for axis, label in zip(axes.flat, ("effective rank of the projections", "std of the projections",
+                                       "loss (with negatives: their term too)", "kNN accuracy")):
+        axis.set_ylabel(label)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    save(figure, "byol-collapse.png")
+
+
+def byol_training() -> None:
+    """BYOL on CIFAR-10 JPEG."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
+    for axis, name, label in zip(axes, ("knn", "loss", "rank", "target_distance"), (
+            "kNN accuracy", "loss", "effective rank", "|online - target| / |online|, weights")):
+        axis.plot(*curve("byol-cifar10-jpeg.jsonl", name), "o-" if name == "knn" else "-")
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    figure.tight_layout()
+    save(figure, "byol-cifar10-jpeg.png")
+
+
 if __name__ == "__main__":
     stability()
     training()
+    collapse()
+    byol_training()

@@ -4,21 +4,24 @@ import json
 
 import pytest
 
+import byol
 import simsiam
 
 RUNS = {"healthy": [], "no stop-gradient": ["--no-stop-grad"], "no predictor": ["--predictor", "none"]}
 
 
+def train(script, steps, out, flags):
+    """The last three log lines, ten steps apart, of the demo stopped early."""
+    assert script.main(["--width", "0.125", "--precision", "fp32", "--steps", str(steps), "--log-every",
+                        "10", "--knn-every", "0", "--device", "cpu", "--out", str(out), *flags]) == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line and line["step"] >= steps - 21]
+
+
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    found = {}
-    for name, flags in RUNS.items():
-        out = tmp_path_factory.mktemp("run")
-        assert simsiam.main(["--width", "0.125", "--precision", "fp32", "--steps", "111", "--log-every",
-                             "10", "--knn-every", "0", "--device", "cpu", "--out", str(out), *flags]) == 0
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        found[name] = [line for line in lines if "loss" in line and line["step"] >= 90]
-    return found
+    return {name: train(simsiam, 111, tmp_path_factory.mktemp("run"), flags)
+            for name, flags in RUNS.items()}
 
 
 def mean(lines, name):
@@ -32,3 +35,13 @@ def test_without_stop_gradient_or_predictor_the_rank_falls_to_1(broken, logs):  
     # The loss alone would call the broken one better (Sec. 4.1, footnote 4), and the std is blind.
     assert mean(logs[broken], "loss") < mean(logs["healthy"], "loss")
     assert mean(logs[broken], "std") > 0.4
+
+
+def test_byol_without_its_predictor_ends_in_fewer_dimensions(tmp_path):  # BYOL, Table 5b
+    fast = ["--batch-size", "50", "--base-lr", "4", "--warmup-epochs", "0.3"]
+    healthy, broken = (train(byol, 61, tmp_path / name, [*fast, *flags]) for name, flags in (
+        ("with", []), ("without", ["--predictor", "none"])))
+    assert len(healthy) == len(broken) == 3
+    assert mean(healthy, "rank") > 5 > 2.5 > mean(broken, "rank")
+    assert mean(healthy, "std") > mean(broken, "std") + 0.2  # BYOL's output is free to shrink
+    assert mean(broken, "loss") < mean(healthy, "loss") - 0.5
