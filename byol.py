@@ -27,11 +27,12 @@ are its: last layers of the heads without bias, bottlenecks' last batch norms at
 
 Departures: bfloat16 forward pass on hardware that has it; crops resized bilinearly (there:
 bicubic), torchvision's colour operations (there: brightness by an offset, contrast around each
-channel's mean), symmetric padding of strided layers (there: TensorFlow's), He initialisation
-(there: truncated normal, 1 / sqrt(fan_in); its scale does not matter, Sec. 5); what is left over
-of an epoch is dropped (there: batches run across epochs); in fine-tuning batch norm over all
-processes (there: each one's own); no linear classifier trained beside the loss: kNN in its place.
-Official checkpoints, pickles of JAX arrays that want the authors' package, are not read.
+channel's mean), solarisation from level 128 of 255 on (there: from 1/2), symmetric padding of
+strided layers (there: TensorFlow's), He initialisation (there: truncated normal, 1 / sqrt(fan_in);
+its scale does not matter, Sec. 5); what is left over of an epoch is dropped (there: batches run
+across epochs); in fine-tuning batch norm over all processes (there: each one's own); no linear
+classifier trained beside the loss: kNN in its place. Official checkpoints, pickles of JAX arrays
+that want the authors' package, are not read.
 
     python byol.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs; --recipe imagenet-300
