@@ -5,13 +5,13 @@ version of 35 pages; "authors' code" is google-deepmind/deepmind-research at f5d
 (JAX), of which we know the settings (this file is written from the paper). Algorithm 1, in the
 paper's letters:
 
-    v, v' = t(x), t'(x)                    # two views, from two distributions       [B, 3, S, S]
-    z, w = g(f(v)), g(f(v'))               # online: encoder f, projector g; weights theta   [B, d]
-    z', w' = g'(f'(v')), g'(f'(v))         # target: the same networks with weights xi       [B, d]
-    L = |q(z) - z'|^2 + |q(w) - w'|^2      # Eq. (2), all scaled to length 1: 2 - 2 cos each; only
-                                           # the online network has a predictor, q
-    update theta by LARS on L              # xi counts as a constant
-    xi = tau * xi + (1 - tau) * theta      # by the updated theta; tau rises to 1 (Sec. 3.3)
+    v1, v2 = t(x), t'(x)               # views, from two distributions (v, v')       [B, 3, S, S]
+    z1, z2 = g(f(v1)), g(f(v2))        # online: encoder f, projector g; weights theta     [B, d]
+    t1, t2 = g'(f'(v1)), g'(f'(v2))    # target (z'): the same networks with weights xi    [B, d]
+    L = |q(z1) - t2|^2 + |q(z2) - t1|^2    # Eq. (2), all scaled to length 1: 2 - 2 cos each;
+                                       # only the online network has a predictor, q
+    update theta by LARS on L          # xi counts as a constant
+    xi = tau * xi + (1 - tau) * theta  # by the updated theta; tau rises to 1 (Sec. 3.3)
 
 No negatives: with an optimal predictor the online network descends the variance of z' that z
 leaves unexplained, which no constant z makes small (Sec. 3.2). Without the predictor the output
@@ -25,22 +25,24 @@ code: from two random seeds; no notable difference, it says). One keeps the onli
 Where paper and authors' code differ, the code's settings are used, for the published checkpoints
 are its: last layers of the heads without bias, bottlenecks' last batch norms at zero.
 
-Departures: bfloat16 forward pass on hardware that has it; crops resized bilinearly (there:
-bicubic), torchvision's colour operations (there: brightness by an offset, contrast around each
-channel's mean), solarisation from level 128 of 255 on (there: from 1/2), symmetric padding of
-strided layers (there: TensorFlow's), He initialisation (there: truncated normal, 1 / sqrt(fan_in);
-its scale does not matter, Sec. 5); what is left over of an epoch is dropped (there: batches run
-across epochs); in fine-tuning batch norm over all processes (there: each one's own); no linear
-classifier trained beside the loss: kNN in its place. Official checkpoints, pickles of JAX arrays
-that want the authors' package, are not read.
+Departures: bfloat16 forward pass on hardware that has it; crops of ten tries as torchvision's
+(there: one), resized bilinearly (there: bicubic), torchvision's colour operations (there:
+brightness by an offset, contrast around each channel's mean, saturation in HSV), solarisation from
+level 128 of 255 on (there: from 1/2); symmetric padding of strided layers (there: TensorFlow's), no
+projection in the first shortcut of ResNet-18 and -34 (there: one), He initialisation (there:
+truncated normal, 1 / sqrt(fan_in); its scale does not matter, Sec. 5); what is left over of an
+epoch is dropped (there: batches run across epochs); in fine-tuning batch norm over all processes
+(there: each one's own); no linear classifier trained beside the loss: kNN in its place; a batch
+norm at the projector's output in the demo, and only there. Official checkpoints, pickles of JAX
+arrays that want the authors' package, are not read.
 
     python byol.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs; --recipe imagenet-300
-    torchrun --nproc_per_node=8 byol.py --data /data/imagenet --arch vit_small  # in MoCo v3's paper
+    torchrun --nproc_per_node=8 byol.py --data /data/imagenet --arch vit_small  # of MoCo v3's Table 4
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet --batch-size 512  # tau 0.996 ** (1/8)
     python byol.py --predictor none --out runs/collapse        # Table 5b; see README for the others
     python byol.py --base-tau 0 --tau-schedule constant --predictor-lr-mult 10 --out runs/table21
-    python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01   # with 1 % of the labels
+    python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01   # 1 % of the labels
     python byol.py finetune --init none --labels 0.01 --out runs/scratch  # the same from scratch
     python byol.py linear --init runs/byol-demo/last.pt        # linear evaluation
     python byol.py embed --init runs/byol-demo/last.pt --data FOLDER   # features of a folder
@@ -86,9 +88,10 @@ from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synch
 # ----------------------------------------------------------------------------------------- recipes
 
 # Every field is also a flag (--base-lr 0.2). Columns: ImageNet with 1000 (the paper's main result),
-# 300 (all its ablations), 100 and 40 epochs, from the authors' code; ViT, from the MoCo v3 paper
-# (arXiv:2104.02057, Sec. 4.2), what it leaves open as in moco_v3.py; CIFAR, for which the paper has
-# no recipe: the authors' code's for Imagenette (ResNet-18, one GPU); the demo's: our choice.
+# 300 (all its ablations), 100 and 40 epochs, from the authors' code; ViT, compared in MoCo v3's paper
+# (arXiv:2104.02057): lr and decay of its Sec. 4.2, which are ViT-B's for 100 epochs, heads as BYOL's,
+# the rest as in moco_v3.py; CIFAR, for which the paper has no recipe: the authors' code's for
+# Imagenette (ResNet-18, one GPU); the demo's: our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-300", "imagenet-100", "imagenet-40", "imagenet-vit", "cifar",
                 "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
@@ -97,8 +100,9 @@ PRETRAIN = {
     # ---------------- imagenet: 1000, 300, 100, 40 epochs --- vit ------ cifar ------- demo
     "arch":               ("resnet50",) * 4 + ("vit_small", "resnet18", "resnet10"),
     "width":              (1.0,) * 6 + (0.25,),  # of a ResNet. Table 1: 1 to 4
-    "small_images":       (False,) * 5 + (True, True),  # a ResNet's 3x3 stem. community: solo-learn
-    "zero_init_residual": (True,) * 5 + (False, False),  # of bottlenecks: authors' code
+    "small_images":       (False,) * 5 + (True, True),  # a ResNet's 3x3 stem. community: lightly;
+    #                    and no margin in the test view
+    "zero_init_residual": (True,) * 7,         # of bottlenecks, not of basic blocks: authors' code
     "patch_size":         (16,) * 5 + (4, 8),  # of a ViT, pixels
     "heads":              (0,) * 7,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
     "patch_projection":   ("frozen",) * 7,     # of a ViT. arXiv:2104.02057, Sec. 4.2
@@ -140,7 +144,7 @@ PRETRAIN = {
     "knn_k":              (200,) * 7,
     "knn_temperature":    (0.1,) * 7,
 }
-LINEAR = {  # authors' code. CIFAR and demo: our choice
+LINEAR = {  # authors' code. ViT, CIFAR and demo: our choice
     # ---------------- imagenet: 1000, 300, 100, 40 epochs --- vit ------ cifar ------- demo
     "init_encoder":       ("encoder",) * 7,    # or target_encoder, of --init
     "labels":             ("1.0",) * 7,        # share of the labels, or a file that lists images
@@ -152,8 +156,9 @@ LINEAR = {  # authors' code. CIFAR and demo: our choice
     "crop_min":           (0.08,) * 6 + (0.4,),
     "precision":          ("auto",) * 7,
 }
-FINETUNE = {**LINEAR,  # App. C.1: the best of 30, 50 epochs and of lr .01 .02 .05 .1 .005 (which
-            #  may be before or after the factor batch_size / 256), on images held out; else: ours
+FINETUNE = {**LINEAR,  # batch 1024: App. C.1, which takes the best of 30, 50 epochs and of lr .01 .02
+            # .05 .1 .005 (before or after the factor batch_size / 256, it does not say) on images
+            # held out. Which of these: our choice; CIFAR and demo: our choice throughout
             "labels": ("0.01",) * 7,
             "base_lr": (0.02,) * 5 + (0.1, 0.1),
             "epochs": (50,) * 5 + (50, 30),
@@ -180,8 +185,8 @@ SCRIPT = "byol"
 def augment(x: Tensor, u: Tensor, args, view: int) -> Tensor:
     """Second stage of view 0 or 1, on the device (App. B): colours, blur, solarise, normalisation.
 
-    x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
-    and `resized_crop` below). u [B, COLOUR_DRAWS]: uniform random numbers, each image's own.
+    x [B, 3, S, S] in [0, 1]: random crops, flipped or not (the first stage: `Stage1` and
+    `resized_crop` below). u [B, COLOUR_DRAWS]: uniform random numbers, each image's own.
     """
     x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
     x = grayscale(x, u[:, 9], args.gray_prob)
@@ -233,15 +238,15 @@ class BYOL(nn.Module):
         self.target = target
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two views [B, 3, S, S] -> predictions p1, p2 and targets z1, z2 of them, and what the
-        online projector makes of x1, for the monitors; each [B, d]."""
-        h1, h2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
-        z1, z2 = h1, h2
+        """Two views [B, 3, S, S] -> predictions p1, p2, target projections t1, t2, and the online
+        projection z1, for the monitors; each [B, d]."""
+        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        t1, t2 = z1, z2
         if self.target == "ema":
             with torch.no_grad():
-                z1 = self.target_projector(self.target_encoder(x1))
-                z2 = self.target_projector(self.target_encoder(x2))
-        return self.predictor(h1), self.predictor(h2), z1, z2, h1.detach()
+                t1 = self.target_projector(self.target_encoder(x1))
+                t2 = self.target_projector(self.target_encoder(x2))
+        return self.predictor(z1), self.predictor(z2), t1, t2, z1.detach()
 
     def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
         """xi, and the parameters of theta that it follows: not the predictor's, and no buffers."""
@@ -279,9 +284,9 @@ def unit(x: Tensor) -> Tensor:
 def byol_loss(p: Tensor, z: Tensor, *, stop_grad: bool = True) -> Tensor:
     """One direction of Eq. (2), |p / |p| - z / |z||^2 = 2 - 2 cos(p, z): the mean over the images.
 
-    Predictions p and the target's projections z of the other view, [B, d] of one process -> [], in
-    float32 at least. The whole loss is the *sum* of two directions, in [0, 8], about 4 at random
-    (Sec. 3.1). The mean over processes is the global batch's.
+    Predictions p and the target's projections z (z' in the paper) of the other view, [B, d] of one
+    process -> [], in float32 at least. The whole loss is the *sum* of two directions, in [0, 8],
+    about 4 at random (Sec. 3.1). The mean over processes is the global batch's.
     """
     return 2 - 2 * (unit(p) * unit(z.detach() if stop_grad else z)).sum(dim=1).mean()
 
@@ -373,17 +378,17 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, tau: floa
     for group in optimizer.param_groups:
         group["lr"] = lr * warmup_cosine(epoch, args) * group["lr_mult"]
     with autocast(args):
-        p1, p2, z1, z2, h1 = model(x1, x2)
+        p1, p2, t1, t2, z1 = model(x1, x2)
     stop_grad = args.target == "ema"
-    loss = byol_loss(p1, z2, stop_grad=stop_grad) + byol_loss(p2, z1, stop_grad=stop_grad)
+    loss = byol_loss(p1, t2, stop_grad=stop_grad) + byol_loss(p2, t1, stop_grad=stop_grad)
     if args.beta:
-        loss = loss + args.beta * (negatives_loss(p1, z2, z1, args.alpha)
-                                   + negatives_loss(p2, z1, z2, args.alpha))
+        loss = loss + args.beta * (negatives_loss(p1, t2, t1, args.alpha)
+                                   + negatives_loss(p2, t1, t2, args.alpha))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     getattr(model, "module", model).update_target(tau)  # by the weights just updated
-    return loss.detach(), h1
+    return loss.detach(), z1
 
 
 def pretrain(args) -> None:
@@ -398,24 +403,29 @@ def pretrain(args) -> None:
     optimizer = build_optimizer(model, args)
     run = Run(args, data)
     per_epoch = len(data.train) // args.batch_size
-    say(f"loss: about 4 by chance, 0 at the least; tau from {args.base_tau:.6g}"
-        + (f" (the recipe's to the power of {args.batch_size} / {args.recipe_batch})"
-           if args.batch_size != args.recipe_batch and "base_tau" not in args.given else "")
-        + (f" to 1 over {args.epochs * per_epoch} steps" if args.tau_schedule == "cosine" else ""))
+    steps = args.epochs * per_epoch
+    chance = 4 + 4 * args.beta * args.alpha * math.log(2 * args.batch_size - 1)  # all cosines 0
+    say(f"loss: about {chance:.3g} by chance" + ("" if args.beta else ", 0 at the least"))
+    if args.target == "ema":
+        scaled = args.batch_size != args.recipe_batch and "base_tau" not in args.given
+        say(f"tau: {args.base_tau:.6g}"
+            + f" (the recipe's to the power of {args.batch_size} / {args.recipe_batch})" * scaled
+            + (f", to 1 over {steps} steps" if args.tau_schedule == "cosine" else ", constant"))
 
     def step(batch, epoch):
         number, tau = round(epoch * per_epoch), args.base_tau
         if args.tau_schedule == "cosine":
-            tau = ema_tau(number, args.epochs * per_epoch, args.base_tau)
+            tau = ema_tau(number, steps, args.base_tau)
         loss, z = train_step(net, optimizer, *two_views(batch, args), epoch, tau, args)
         return loss, (z, tau)
 
     def monitor(seen):
         z, tau = seen
         z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        target = {} if args.target == "online" else {
+            "tau": tau, "target_distance": model.target_distance()}
         return {"std": feature_std(z), "rank": effective_rank(z),
-                "z_norm": z.norm(dim=1).mean().item(), "tau": tau,
-                "target_distance": model.target_distance()}
+                "z_norm": z.norm(dim=1).mean().item(), **target}
 
     run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
     fit(args, run, data, model, optimizer, step, monitor, views=2,
@@ -552,13 +562,19 @@ def check(args) -> None:
                          else {"patch_size", "heads", "patch_projection"}):
         raise UserError(f"{flag[name]} is for a {'ResNet' if vit else 'ViT'}, and --arch is "
                         f"{args.arch}")
+    if args.arch in ("resnet10", "resnet18", "resnet34") and not (
+            "zero_init_residual" in given or getattr(args, "initial", None)):
+        args.zero_init_residual = False  # authors' code: in bottlenecks alone
+    if not args.init and "init_encoder" in given:
+        raise UserError(f"{flag['init_encoder']} would change nothing here: --init is none")
     if args.stage == "pretrain":
         column = RECIPE_NAMES.index(args.recipe)
-        if given & {"optimizer", "base_lr"} == {"optimizer"} and (
-                args.optimizer != PRETRAIN["optimizer"][column]):
-            raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.2 for lars, "
-                            "1e-4 for adamw, 0.1 for sgd")
-        if vit and args.optimizer == "lars":
+        if args.optimizer != PRETRAIN["optimizer"][column] and not (
+                {"base_lr", "weight_decay"} <= given):
+            raise UserError(f"{flag['optimizer']} takes a --base-lr and a --weight-decay of its own: "
+                            "about 0.2 and 1e-6 for lars, 1e-4 and 0.03 for adamw, 0.1 and 5e-4 for "
+                            "sgd")
+        if vit and args.optimizer == "lars" and "optimizer" not in given:
             raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not "
                             f"for {args.arch}: give --optimizer adamw --base-lr 1e-4 --weight-decay "
                             "0.03, as --recipe imagenet-vit has it")
@@ -1289,8 +1305,8 @@ class Run:
         theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
         differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
                   if theirs.get(name) != ours.get(name) and name not in (
-                      "data", "recipe", "grad_checkpoint", "knn_every_steps")]
-        if differ:  # "images" tells data sets apart wherever they lie; the last two change no number
+                      "data", "labels", "recipe", "grad_checkpoint", "knn_every_steps")]
+        if differ:  # "images" tells data and labels apart; the last two change no number
             raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
                             "another --out, or --fresh to start over")
 
@@ -1614,52 +1630,57 @@ def peak_memory(device: torch.device) -> float:
 
 
 def labelled(images: Images, args) -> Images:
-    """The images whose labels --labels gives away: a share of each class, drawn by the seed, or
-    those that a file lists, a name or a path in the class folders a line (SimCLR's lists are so)."""
+    """The images whose labels --labels gives away: the same share of each class, drawn by the seed,
+    or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
         share = None
-    names = [os.fsdecode(name) for name in images.names]
-    if share is None:
-        try:
-            with open(args.labels) as file:
-                lines = list(dict.fromkeys(filter(None, map(str.strip, file))))
-        except (OSError, ValueError):
-            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file that "
-                            "lists images") from None
-        place = {os.path.basename(name): i for i, name in enumerate(names)}
-        place |= {name: i for i, name in enumerate(names)}
-        missing = [line for line in lines if line not in place]
-        if missing or not lines:
-            raise UserError(f"--labels {args.labels} lists "
-                            + (f"{missing[0]}, which is not among the training images "
-                               f"({len(missing)} such lines)" if missing else "no image"))
-        picked = torch.tensor([place[line] for line in lines])
-    elif not 0 < share <= 1:
+    if share is not None and not 0 < share <= 1:
         raise UserError(f"--labels {args.labels} makes no sense: a share above 0, at most 1")
-    else:
+    if share == 1:
+        return images
+    if share:
         order = torch.randperm(len(images), generator=generator(args.seed, "labels"))
         parts = [order[images.labels[order] == k] for k in images.labels.unique()]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
         picked = torch.cat([part[:max(1, round(share * len(part)))] for part in parts]).sort()[0]
-    pixels = None if images.pixels is None else images.pixels[picked.to(images.pixels.device)]
-    images = replace(images, names=images.names[picked.numpy()], labels=images.labels[picked],
-                     pixels=pixels)
-    if args.batch_size > len(images):
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} images of "
+    else:
+        try:
+            with open(args.labels, "rb") as file:
+                lines = [os.fsdecode(line) for line in map(bytes.strip, file) if line]
+        except (OSError, ValueError):
+            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file that "
+                            "lists images") from None
+        places = {}  # of a name, and of a name without its folders: those of all such images
+        for i, name in enumerate(map(os.fsdecode, images.names)):
+            for known in {name, os.path.basename(name)}:
+                places.setdefault(known, []).append(i)
+        wrong = [f"{line}, which is {'not' if line not in places else 'more than once'} among the "
+                 "training images" for line in lines if len(places.get(line, ())) != 1]
+        if wrong or not lines:
+            raise UserError(f"--labels {args.labels} lists "
+                            + (f"{wrong[0]} ({len(wrong)} such lines)" if wrong else "no image"))
+        picked = torch.tensor([*dict.fromkeys(places[line][0] for line in lines)])
+    if args.batch_size > len(picked):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(picked)} images of "
                         f"--labels {args.labels}")
-    return images
+    pixels = None if images.pixels is None else images.pixels[picked.to(images.pixels.device)]
+    return replace(images, names=images.names[picked.numpy()], labels=images.labels[picked],
+                   pixels=pixels, total=len(picked))
 
 
 class Classifier(nn.Module):
-    """A linear classifier on the encoder, which is trained along, or frozen and in eval mode."""
+    """A linear classifier on the encoder, which is trained along (but for what build_encoder froze:
+    a ViT's position table and patch projection), or frozen and in eval mode."""
 
     def __init__(self, encoder: nn.Module, classes: int, frozen: bool):
         super().__init__()
-        self.encoder, self.frozen = encoder.requires_grad_(not frozen), frozen
+        self.encoder, self.frozen = encoder, frozen
+        if frozen:
+            encoder.requires_grad_(False)
         self.fc = nn.Linear(encoder.feature_dim, classes)
-        nn.init.normal_(self.fc.weight, std=0.01)  # MoCo, arXiv:1911.05722, code
+        nn.init.normal_(self.fc.weight, std=0.01)  # as in simsiam.py: MoCo's code
         nn.init.zeros_(self.fc.bias)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -1669,15 +1690,15 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            h = self.encoder(x)
-        return self.fc(h)
+            y = self.encoder(x)
+        return self.fc(y)
 
 
 def classify(args) -> None:
     """Linear evaluation, and fine-tuning of the whole network, with some or all labels (App. C.1):
     crops and flips, cross-entropy, SGD with Nesterov's momentum, cosine decay per step."""
     data = load_data(args, labels=True)
-    data.train = labelled(data.train, args)
+    data.train = everywhere(lambda: labelled(data.train, args))
     data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
     frozen = args.stage == "linear"
     model = Classifier(build_encoder(args), len(data.classes), frozen)
@@ -1687,12 +1708,20 @@ def classify(args) -> None:
                                 momentum=args.momentum, nesterov=args.momentum > 0,
                                 weight_decay=args.weight_decay)
     run = Run(args, data)
-    lines = b"".join(os.fsencode(name) + b"\n" for name in data.train.names)
-    on_rank_0(lambda: write_file(run.path("labels.txt"), lambda file: file.write(lines)))
-    say(f"protocol: {'linear classifier on the frozen encoder (eval mode)' if frozen else 'whole network'}"
-        f", SGD with Nesterov's momentum, lr {args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, "
-        f"{args.epochs} epochs of {len(data.train)} labelled images, crops and flips; top-1 of the "
-        f"last epoch on {len(data.val)} val images")
+
+    def write_list():
+        lines = b"".join(os.fsencode(name) + b"\n" for name in data.train.names)
+        try:
+            write_file(run.path("labels.txt"), lambda file: file.write(lines))
+        except OSError as error:
+            raise UserError(f"could not write {run.path('labels.txt')}: {error}") from None
+
+    on_rank_0(write_list)
+    say("protocol: " + ("linear classifier on the frozen encoder (eval mode)" if frozen else
+                        "classifier and whole encoder, evaluated every --knn-every epochs")
+        + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / 256 "
+        f"= {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and flips; top-1 "
+        f"of the last epoch on {len(data.val)} val images")
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
     fixed = []  # a frozen encoder's features of the val images: taken once
 
@@ -1716,11 +1745,11 @@ def classify(args) -> None:
     def evaluate(epoch):
         if epoch < args.epochs and not frozen and (not args.knn_every or epoch % args.knn_every):
             return {}
-        h, shown = fixed or features(model.encoder, data.val, args)
+        y, shown = fixed or features(model.encoder, data.val, args)
         if frozen:
-            fixed[:] = h, shown
-        right = model.fc(h).argmax(dim=1) == data.val.labels[shown.cpu()].to(args.device)
-        return {"top1": right.sum().item() / len(h)}
+            fixed[:] = y, shown
+        right = model.fc(y).argmax(dim=1) == data.val.labels[shown.cpu()].to(args.device)
+        return {"top1": right.sum().item() / len(y)}
 
     fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
 

@@ -1081,8 +1081,8 @@ class Run:
         theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
         differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
                   if theirs.get(name) != ours.get(name) and name not in (
-                      "data", "recipe", "grad_checkpoint", "knn_every_steps")]
-        if differ:  # "images" tells data sets apart wherever they lie; the last two change no number
+                      "data", "labels", "recipe", "grad_checkpoint", "knn_every_steps")]
+        if differ:  # "images" tells data and labels apart; the last two change no number
             raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
                             "another --out, or --fresh to start over")
 

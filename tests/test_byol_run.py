@@ -1,11 +1,13 @@
 """byol.py as a program, in short: ranks, kill and resume, monitors, labels, stages, mistakes."""
 
+import os
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import finish, records, run, saved_step, send, start, wait_for_step, weights
+from conftest import (
+    finish, records, run, saved_step, send, start, wait_for_step, weights, write_images)
 
 import byol
 
@@ -99,6 +101,15 @@ def test_a_fixed_target_stays_and_one_without_memory_follows_at_once(classes, tm
     assert distances[0] == 0 < distances[1] < distances[2]  # tau 1: it is left behind
 
 
+def test_with_the_online_network_as_target_the_log_has_no_tau(classes, tmp_path, capsys):
+    assert main("--data", classes, *SMALL, "--target", "online", "--beta", 1, "--steps", 1, "--out",
+                tmp_path) == 0
+    assert not {"tau", "target_distance"} & records(tmp_path)[0].keys()
+    # All cosines 0: 2 and 2 alpha log(16 + 15) a direction.
+    said = capsys.readouterr().out
+    assert "loss: about 5.37 by chance\n" in said and "tau" not in said.split("kNN")[0]
+
+
 def test_tau_follows_the_batch_size_and_says_so(classes, tmp_path, capsys):
     assert main("--data", classes, *SMALL, "--steps", 1, "--out", tmp_path / "a") == 0
     base = byol.PRETRAIN["base_tau"][-1]
@@ -113,8 +124,8 @@ def test_every_ablation_trains(classes, tmp_path):
             "--predictor none", "--no-output-bn --base-tau 0 --predictor-lr-mult 10",
             "--beta 1", "--beta 0.5 --alpha 0.3 --target online", "--jitter-prob 0 --gray-prob 0",
             "--jitter-prob 0 --gray-prob 0 --flip-prob 0 --solarize-prob 0 0.5 --blur-prob 1 0",
-            "--optimizer sgd --base-lr 0.1", "--arch vit_mini --patch-size 8 --optimizer adamw "
-            "--base-lr 1e-3")):
+            "--optimizer sgd --base-lr 0.1 --weight-decay 5e-4", "--arch vit_mini --patch-size 8 "
+            "--optimizer adamw --base-lr 1e-3 --weight-decay 0.03")):
         small = SMALL[:2] + SMALL[4:] if "vit" in flags else SMALL
         out = tmp_path / str(i)
         assert main("--data", classes, *small, *flags.split(), "--steps", 2, "--warmup-epochs", 0.5,
@@ -170,6 +181,59 @@ def test_a_list_of_images_is_read_back(form, classes, tmp_path):
     images = labelled(classes, tmp_path / "list.txt")
     assert [name.decode() for name in images.names] == names[::-1]
     assert images.labels.tolist() == [2] * 4 + [1] * 4 + [0] * 4
+
+
+def test_a_file_name_must_stand_for_one_image_and_counts_once(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / "train" / name, 3, size=(16, 16), kind="png")
+        write_images(tmp_path / "val" / name, 1, size=(16, 16), kind="png")
+    listed = tmp_path / "list.txt"
+    listed.write_text("a/00_000.png\nb/00_001.png\na/00_000.png\n")
+    assert [name.decode() for name in labelled(tmp_path, listed).names] == ["a/00_000.png",
+                                                                            "b/00_001.png"]
+    listed.write_text("00_000.png\n")  # both classes have one
+    with pytest.raises(byol.UserError, match="more than once among the training images"):
+        labelled(tmp_path, listed)
+
+
+def test_a_subset_counts_its_own_unreadable_images(classes):  # 1 % of 12, not of 48
+    assert labelled(classes, 0.25).total == 12
+
+
+def test_a_name_that_is_not_utf8_is_written_and_read_back(tmp_path):
+    for name in "ab":
+        for split in ("train", "val"):
+            write_images(tmp_path / split / name, 2, size=(16, 16), kind="png")
+        folder = os.fsencode(tmp_path / "train" / name)
+        os.rename(os.path.join(folder, b"00_000.png"), os.path.join(folder, b"\xff.png"))
+    args = ["finetune", "--init", "none", "--recipe", "demo", "--width", 0.125, "--data", tmp_path,
+            *TUNE, "--image-size", 16]
+    assert main(*args, "--labels", 0.5, "--seed", 1, "--out", tmp_path / "one") == 0
+    for labels in (tmp_path / "one" / "labels.txt", ".50"):  # the same images: the same run
+        assert main(*args, "--labels", labels, "--seed", 1, "--out", tmp_path / "one") == 0
+
+
+def test_a_vit_is_finetuned_resumed_and_evaluated(classes, tmp_path):
+    vit = ["--recipe", "imagenet-vit", "--arch", "vit_mini", "--image-size", 16, "--patch-size", 8]
+    args = ["finetune", "--init", "none", "--data", classes, *vit, *TUNE, "--base-lr", 1]
+    for steps in (4, 5):
+        assert main(*args, "--labels", 0.25, "--steps", steps, "--out", tmp_path / "vit") == 0
+    encoder = torch.load(tmp_path / "vit" / "encoder.pt")
+    torch.manual_seed(0)
+    built = byol.build_encoder(byol.parse_args([*map(str, vit), "--heads", "3"])).state_dict()
+    for name, x in encoder.items():  # table and projection stay as build_encoder froze them
+        fixed = name == "pos_embed" or name.startswith("patch_embed.")
+        assert torch.equal(x, built[name]) == fixed or name.endswith("bias"), name
+    assert main("embed", "--init", tmp_path / "vit" / "last.pt", "--data", classes, "--workers", 0,
+                "--out", tmp_path / "embed") == 0
+
+
+def test_only_bottlenecks_start_as_identities():
+    for arch, expected in (("resnet18", False), ("resnet50", True)):
+        for flags, value in (([], expected), (["--zero-init-residual"], True)):
+            args = byol.parse_args(["--recipe", "cifar", "--arch", arch, *flags])
+            byol.check(args)
+            assert args.zero_init_residual == value
 
 
 def test_finetuning_trains_the_whole_network_and_linear_evaluation_its_classifier(
@@ -235,10 +299,13 @@ MISTAKES = {
     "no init at all": ("finetune", "or none for random weights"),
     "labels in pre-training": ("--labels 0.1", "no setting of the stage pretrain"),
     "lars for a vit": ("--arch vit_mini", "give --optimizer adamw"),
-    "an optimizer without its lr": ("--optimizer adamw", "takes a --base-lr of its own"),
+    "an optimizer without its lr": ("--optimizer adamw", "a --base-lr and a --weight-decay of its own"),
     "width of a vit": ("--recipe imagenet-vit --width 0.5", "--width 0.5 is for a ResNet"),
     "patches of a resnet": ("--patch-size 4", "--patch-size 4 is for a ViT"),
     "image of no whole patches": ("--recipe imagenet-vit --image-size 30", "no whole number of patches"),
+    "an encoder of no file": ("finetune --init none --init-encoder target_encoder", "--init is none"),
+    "the list's place taken": ("finetune --init none --labels 0.1 --out {r}/taken",
+                               "could not write"),
     "lr of no predictor": ("--predictor none --predictor-lr-mult 3", "would change nothing here"),
     "tau of no target": ("--target online --base-tau 0.5", "would change nothing here"),
     "temperature of no negatives": ("--alpha 0.2", "would change nothing here"),
@@ -255,6 +322,8 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path,
     flags, sentence = MISTAKES[mistake]
     if "official" in flags:
         torch.save({"arch": "resnet50", "state_dict": {}}, trained / "official.pth")
-    assert main(*flags.format(r=trained).split(), "--out", tmp_path / "out") == 2
+    (trained / "taken" / "labels.txt").mkdir(parents=True, exist_ok=True)
+    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    assert main(*flags.format(r=trained).split(), *out) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
