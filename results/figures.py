@@ -84,9 +84,10 @@ def collapse() -> None:
                                        "loss (with negatives: their term too)", "kNN accuracy")):
         axis.set_ylabel(label)
     axes[0, 0].set_yscale("log")
-    axes[0, 0].legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3,
+                  bbox_to_anchor=(0.5, -0.06))
     save(figure, "byol-collapse.png")
 
 
