@@ -331,8 +331,8 @@ class Parser(argparse.ArgumentParser):
 MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
                "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
                "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob",
-               "clip_patch_grad", "knn_every", "knn_every_steps", "save_every", "keep_every",
-               "steps"}
+               "clip_patch_grad", "queue", "knn_every", "knn_every_steps", "save_every",
+               "keep_every", "steps"}
 
 
 def recipes(kind: str, arch: str | None) -> list[str]:
@@ -393,7 +393,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     least = "0 or more" if name in MAY_BE_ZERO else "above 0"
                     raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
                                     + ", at most 1" * share)
-    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "cifar"}
+    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
+             "stl10": "stl10" if "stl10" in RECIPE_NAMES else "cifar"}
     asked, args.recipe = args.recipe, args.recipe or recipes(kinds.get(args.data, "imagenet"),
                                                              args.arch)[0]
     column = RECIPE_NAMES.index(args.recipe)
@@ -1128,7 +1129,7 @@ class Run:
                 raise UserError(f"{self.path('log.jsonl')}: {error.strerror}; the same command goes "
                                 "on from the last checkpoint") from None
             if self.board and "step" in record:
-                for name in record.keys() - {"step", "epoch"}:
+                for name in record.keys() - {"step", "epoch", "q_histogram"}:
                     self.board.add_scalar(name, record[name], record["step"])
                 self.board.flush()
 

@@ -1,0 +1,145 @@
+"""dcl.py as a program, in short: ranks, kill and resume, q_B in the log, the queue, mistakes."""
+
+import signal
+
+import pytest
+import torch
+from conftest import finish, records, run, saved_step, send, start, wait_for_step, weights
+
+import dcl
+
+SMALL = ["--recipe", "demo", "--width", "0.125", "--image-size", "16", "--dim", "8", "--hidden-dim",
+         "16", "--batch-size", "16", "--workers", "0", "--knn-every", "0", "--precision", "fp32",
+         "--log-every", "1"]
+
+
+def main(*args):
+    return dcl.main([*map(str, args)])
+
+
+def losses(out):
+    return [line["loss"] for line in records(out)]
+
+
+@pytest.fixture(scope="module")
+def trained(classes, tmp_path_factory):
+    """Two epochs of three steps on 48 images of three classes, 16 px."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main("--data", classes, *SMALL, "--epochs", 2, "--knn-every", 1, "--out", out) == 0
+    return out
+
+
+@pytest.mark.parametrize("flags", [["--loss", "dclw"], ["--queue", "32", "--loss", "infonce"]],
+                         ids=["dclw", "queue"])
+def test_two_processes_are_the_same_run_as_one(flags, classes, tmp_path):
+    args = ["--data", classes, *SMALL, *flags, "--precision", "fp64", "--steps", "4"]
+    assert main(*args, "--out", tmp_path / "one") == 0
+    run("dcl.py", *args, "--out", tmp_path / "two", processes=2)
+    for name in ("loss", "q_mean", "q_cv", "q_below_0.1", "dcl", "infonce"):
+        one, two = ([line[name] for line in records(tmp_path / n)] for n in ("one", "two"))
+        assert len(one) == 4 and one == pytest.approx(two, rel=0, abs=1e-10)
+    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0,
+                               atol=1e-10)
+
+
+def test_local_negatives_are_another_run_and_their_number_is_said(classes, tmp_path, capfd):
+    args = ["--data", classes, *SMALL, "--precision", "fp64", "--steps", "1", "--negatives"]
+    for which, count in (("local", 14), ("global", 30)):
+        said = run("dcl.py", *args, which, "--out", tmp_path / which, processes=2)
+        assert f"dcl: {count} negatives an anchor" in said
+    assert losses(tmp_path / "local") != losses(tmp_path / "global")
+
+
+@pytest.mark.parametrize("flags", [[], ["--queue", "64"]], ids=["batch", "queue"])
+def test_killed_and_started_again_ends_with_the_same_bits(flags, classes, tmp_path):
+    args = ["--data", classes, *SMALL, "--epochs", "12", *flags]
+    if flags:  # the queue is in the checkpoint: a pause shows it as a kill does
+        assert main(*args, "--steps", 17, "--out", tmp_path / "killed") == 0
+    else:
+        running = start("dcl.py", *args, "--out", tmp_path / "killed")
+        wait_for_step(tmp_path / "killed" / "log.jsonl", 10, running)
+        send(running, signal.SIGKILL)
+        finish(running)
+        assert 0 < saved_step(tmp_path / "killed") < 36
+    for name in ("killed", "whole"):
+        assert main(*args, "--out", tmp_path / name) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 36
+    assert all(torch.equal(x, y) for x, y in zip(weights(tmp_path / "killed").values(),
+                                                 weights(tmp_path / "whole").values(), strict=True))
+    assert [line["step"] for line in records(tmp_path / "killed", "q_histogram")] == [1, 4, 18, 36]
+
+
+def test_the_log_holds_q_and_both_losses_whatever_is_trained(classes, tmp_path):
+    for loss in ("infonce", "dcl", "dclw"):
+        assert main("--data", classes, *SMALL, "--loss", loss, "--steps", 2, "--out",
+                    tmp_path / loss) == 0
+    first = {loss: records(tmp_path / loss)[0] for loss in ("infonce", "dcl", "dclw")}
+    for name in ("q_mean", "q_std", "q_cv", "q_below_0.1", "dcl", "infonce"):
+        assert len({line[name] for line in first.values()}) == 1, name  # one network, one batch
+    assert first["dcl"]["loss"] == pytest.approx(first["dcl"]["dcl"], abs=1e-5)
+    assert first["infonce"]["loss"] == pytest.approx(first["infonce"]["infonce"], abs=1e-5)
+    assert len({line["loss"] for line in first.values()}) == 3
+
+
+def test_histograms_of_q_count_every_anchor(trained):
+    lines = records(trained, "q_histogram")
+    assert [(line["step"], line["share"]) for line in lines] == [(1, 0.01), (3, 0.5), (6, 1.0)]
+    assert all(len(line["q_histogram"]) == 50 and sum(line["q_histogram"]) == 32 for line in lines)
+
+
+def test_q_in_the_log_is_the_mean_of_the_steps_since_the_line_before(classes, tmp_path):
+    args = ["--data", classes, *SMALL, "--epochs", 3, "--steps", 7]
+    assert main(*args, "--out", tmp_path / "each") == 0
+    assert main(*args, "--log-every", 100, "--out", tmp_path / "epoch") == 0
+    each = [line["q_cv"] for line in records(tmp_path / "each")]
+    found = {line["step"]: line["q_cv"] for line in records(tmp_path / "epoch")}
+    assert found[5] == pytest.approx(sum(each[3:6]) / 3) and found[0] == pytest.approx(each[0])
+
+
+def test_later_stages_take_the_runs_architecture(trained, classes, photos, tmp_path):
+    assert main("linear", "--init", trained / "last.pt", "--data", classes, "--batch-size", 24,
+                "--epochs", 1, "--workers", 0, "--out", tmp_path / "linear") == 0
+    assert records(tmp_path / "linear", "top1")
+    assert main("embed", "--init", trained / "encoder.pt", "--data", photos, "--workers", 0, "--out",
+                tmp_path / "embed") == 0
+    assert torch.load(tmp_path / "embed" / "features.pt")["features"].shape == (40, 64)
+
+
+def test_pretraining_from_an_encoder_alone_starts_the_momentum_encoder_as_its_copy(
+        trained, classes, tmp_path):
+    assert main("--data", classes, *SMALL, "--queue", 32, "--steps", 1, "--base-lr", 1e-9, "--init",
+                trained / "encoder.pt", "--out", tmp_path) == 0
+    state = weights(tmp_path)
+    for name in ("conv1.weight", "layer4.0.bn2.weight"):
+        torch.testing.assert_close(state[f"key_encoder.{name}"], state[f"encoder.{name}"])
+
+
+MISTAKES = {
+    "a queue of no whole batches": ("--queue 70 --batch-size 64", "a multiple of --batch-size 64"),
+    "a weight for the queue": ("--queue 128 --loss dclw", "has no form for a queue"),
+    "sigma of another loss": ("--sigma 0.3", "would change nothing here"),
+    "negatives of a queue": ("--queue 128 --negatives local", "would change nothing here"),
+    "momentum without a queue": ("--ema-momentum 0.9", "would change nothing here"),
+    "a head without a hidden layer": ("--hidden-dim 0", "without a hidden layer"),
+    "one image": ("--batch-size 1", "2 at least"),
+    "an unknown loss": ("--loss ntxent", "invalid choice: 'ntxent'"),
+    "temperature of 0": ("--temperature 0", "above 0"),
+    "another method's official file": ("linear --init {r}/official.pth", "DCL has none"),
+    "too narrow": ("--width 0.0625", "0.125 is the least"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path, capsys):
+    flags, sentence = MISTAKES[mistake]
+    if "official" in flags:
+        torch.save({"arch": "resnet50", "state_dict": {}}, trained / "official.pth")
+    assert main(*flags.format(r=trained).split(), "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_stl10_has_a_recipe_of_its_own():
+    args = dcl.parse_args(["--data", "stl10"])
+    assert (args.recipe, args.image_size) == ("stl10", 96)
