@@ -38,6 +38,7 @@ the global one.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import fcntl
@@ -366,12 +367,16 @@ def train_step(model, optimizer, x: Tensor, epoch: float, args):
 
 
 class CouplingMonitor:
-    """Statistics of q_B = sigmoid(m) and of both losses, over the anchors of all processes."""
+    """Statistics of q_B = sigmoid(m) and of both losses, over the anchors of all processes.
 
-    def __init__(self):
+    window: steps that a histogram covers, for one step of a small batch has too few anchors."""
+
+    def __init__(self, window: int = 1):
         self.sums = []  # a row a step: n, sum q, sum q^2, how many q < 0.1, sum m, sum softplus(m)
+        self.recent = collections.deque(maxlen=window)
 
     def add(self, m: Tensor) -> None:
+        self.recent.append(m)
         m = m.double() if m.device.type != "mps" else m.float()
         q = m.sigmoid()
         self.sums.append(torch.stack([torch.ones_like(q).sum(), q.sum(), q.square().sum(),
@@ -386,6 +391,11 @@ class CouplingMonitor:
         return {name: value.mean().item() for name, value in (
             ("q_mean", mean), ("q_std", std), ("q_cv", std / mean), ("q_below_0.1", small),
             ("dcl", dcl), ("infonce", infonce))}
+
+    def histogram(self) -> list[int]:
+        """Anchors of the last `window` steps (of fewer after a start) in 50 bins of q_B in [0, 1]."""
+        q = torch.cat([*self.recent]).float().sigmoid().cpu()
+        return sum_over_processes(torch.histc(q, bins=50, min=0, max=1)).int().tolist()
 
 
 def pretrain(args) -> None:
@@ -403,7 +413,8 @@ def pretrain(args) -> None:
     negatives = args.queue or 2 * (images - 1)
     say(f"{args.loss}: {negatives} negatives an anchor; InfoNCE by chance "
         f"{math.log(negatives + 1):.2f}, DCL {math.log(negatives):.2f}, which has no least value")
-    coupling = CouplingMonitor()
+    # A histogram covers 4096 anchors at least, if the run has seen so many: ours, for 50 bins.
+    coupling = CouplingMonitor(window=-(-4096 // (args.batch_size * (1 if args.queue else 2))))
     # A histogram of q_B at these shares of the run, by the step that ends them.
     marks = {max(1, round(share * steps)): share for share in (1.0, 0.5, 0.1, 0.01)}
 
@@ -413,9 +424,8 @@ def pretrain(args) -> None:
         coupling.add(m)
         number = round(epoch * per_epoch) + 1
         if number in marks:
-            counts = torch.histc(m.float().sigmoid().cpu(), bins=50, min=0, max=1)
             run.log(epoch=round(number / per_epoch, 4), step=number, share=marks[number],
-                    q_histogram=sum_over_processes(counts).int().tolist())
+                    q_histogram=coupling.histogram())
         return loss, z
 
     def monitor(z):

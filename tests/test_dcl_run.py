@@ -82,10 +82,19 @@ def test_the_log_holds_q_and_both_losses_whatever_is_trained(classes, tmp_path):
     assert len({line["loss"] for line in first.values()}) == 3
 
 
-def test_histograms_of_q_count_every_anchor(trained):
+def test_histograms_of_q_count_every_anchor_so_far(trained):
     lines = records(trained, "q_histogram")
     assert [(line["step"], line["share"]) for line in lines] == [(1, 0.01), (3, 0.5), (6, 1.0)]
-    assert all(len(line["q_histogram"]) == 50 and sum(line["q_histogram"]) == 32 for line in lines)
+    assert all(len(line["q_histogram"]) == 50 and sum(line["q_histogram"]) == 32 * line["step"]
+               for line in lines)
+
+
+def test_a_histogram_covers_the_last_steps_of_its_window():
+    coupling = dcl.CouplingMonitor(window=2)
+    for q in (0.01, 0.31, 0.99):
+        coupling.add(torch.full((4,), q).logit())
+    counts = coupling.histogram()
+    assert sum(counts) == 8 and counts[15] == counts[49] == 4
 
 
 def test_q_in_the_log_is_the_mean_of_the_steps_since_the_line_before(classes, tmp_path):
