@@ -279,7 +279,7 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 def unit(x: Tensor) -> Tensor:
     """Rows of x [B, d] at length 1, in float32 at least."""
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return F.normalize(x, dim=1, eps=1e-6)  # authors' code: 1e-12, of the square
+    return F.normalize(x, dim=1, eps=1e-6)  # BYOL's code: 1e-12, of the square
 
 
 def byol_loss(p: Tensor, z: Tensor, *, stop_grad: bool = True) -> Tensor:
@@ -356,7 +356,7 @@ def build_optimizer(model: BYOL, args) -> torch.optim.Optimizer:
 # same as moco_v3.py
 def warmup_cosine(epoch: float, args) -> float:
     """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
-    by step (authors' code). The first step of all has lr 0."""
+    by step (MoCo v3's code). With a warm-up the first step of all has lr 0."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)

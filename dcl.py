@@ -24,15 +24,16 @@ Where the temperature is 0.5, q_B is near 1 for every batch size and the losses 
 Departures and readings: see the table of recipes for what is recalled; DCLW's weight is a constant
 (--dclw-backprop-weight: it is not), its mean is the global batch's; both views pass together, so
 that batch norm sees 2N images, for every loss; bfloat16 forward pass on hardware that has it.
-The queue is MoCo v2's (arXiv:2003.04297): one direction, queries of the first views, keys of the
-second ones from a momentum encoder; where it shuffles the batch over the GPUs, batch norm here sees
-the global one.
+The queue works as MoCo v2's (arXiv:2003.04297), with the recipe's own head and augmentation: one
+direction, queries of the first views, keys of the second ones from a momentum encoder. MoCo shuffles
+the batch over the GPUs, lest a query tell its key by the batch norm statistics that they share; here
+both see the global batch, and nothing prevents it. While the queue fills, its keys are random.
 
     python dcl.py                                              # built-in images, a minute or two
     python dcl.py --loss infonce --out runs/infonce            # the same with InfoNCE, or dclw
     python dcl.py --data cifar10 --batch-size 32               # small batches; lr follows
     torchrun --nproc_per_node=8 dcl.py --data /data/imagenet   # batch 256
-    torchrun --nproc_per_node=8 dcl.py --data /data/imagenet --queue 256 --temperature 0.07
+    torchrun --nproc_per_node=8 dcl.py --data /data/imagenet --queue 256 --temperature 0.07  # recalled
     python dcl.py linear --init runs/dcl-demo/last.pt          # linear evaluation
     python dcl.py embed --init runs/dcl-demo/last.pt --data FOLDER   # features of a folder
 """
@@ -77,16 +78,18 @@ from common import BLOCKS, LARS, AllReduceSum, demo_images, resnet, synchronize_
 # ----------------------------------------------------------------------------------------- recipes
 
 # Every field is also a flag (--temperature 0.1). "seed": an article that reports the paper's
-# tables; "recalled": from memory; CLD: frank-xwang/CLD-UnsupervisedLearning, whose benchmark the paper's
-# small data sets follow (recalled); the rest, and the demo: our choice.
+# tables; "recalled": from memory; CLD: frank-xwang/CLD-UnsupervisedLearning, whose benchmark the
+# paper's small data sets follow (recalled); "unknown": not in what we had, so our choice; the rest,
+# and the demo: our choice.
 RECIPE_NAMES = ("imagenet", "imagenet100", "stl10", "cifar", "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 PRETRAIN = {
     # ---------------- imagenet -- imagenet100 -- stl10 -- cifar -- demo
-    "arch": ("resnet50", "resnet50", "resnet18", "resnet18", "resnet10"),  # ResNet-18: seed
+    "arch": ("resnet50", "resnet50", "resnet18", "resnet18", "resnet10"),  # ResNet-18: seed;
+    #                    -50: recalled; on imagenet100 inferred, for its 80.7 % is beyond a ResNet-18
     "width":              (1.0, 1.0, 1.0, 1.0, 0.25),
-    "small_images":       (False, False, True, True, True),  # a 3x3 stem: recalled; and no margin
-    #                    in the test view
+    "small_images":       (False, False, True, True, True),  # a 3x3 stem: recalled for cifar, ours
+    #                    for stl10; and no margin in the test view
     "zero_init_residual": (False,) * 5,        # unknown: torchvision's default
     "hidden_dim":         (2048, 2048, 512, 512, 256),  # recalled: a head of two layers
     "dim":                (128,) * 5,          # of z. recalled
@@ -98,16 +101,19 @@ PRETRAIN = {
     "dclw_backprop_weight": (False,) * 5,      # the paper does not say
     "negatives":          ("global",) * 5,     # of all processes; local: of this one
     "queue":              (0,) * 5,            # that many negatives from earlier batches, MoCo v2's
-    "ema_momentum":       (0.999,) * 5,        # of the queue's encoder: MoCo, arXiv:1911.05722
+    "ema_momentum":       (0.999, 0.999, 0.99, 0.99, 0.99),  # of the queue's encoder: MoCo,
+    #                    arXiv:1911.05722; its authors' demo on CIFAR has 0.99
     # ---------------- optimisation: SGD
     "epochs":             (200, 200, 200, 200, 3),  # seed
     "batch_size":         (256, 256, 256, 256, 64),  # of all processes together. seed
-    "base_lr":            (0.03, 0.03, 0.03, 0.03, 0.5),  # lr: this * batch_size / 256. recalled
-    "warmup_epochs":      (0, 0, 0, 0, 0),     # unknown
-    "momentum":           (0.9,) * 5,          # recalled
-    "weight_decay":       (1e-4, 1e-4, 5e-4, 5e-4, 5e-4),  # unknown; CLD's default
+    "base_lr":            (0.03, 0.03, 0.03, 0.03, 0.5),  # lr: this * batch_size / 256. recalled,
+    #                    imagenet's weakly; imagenet100's is unknown
+    "warmup_epochs":      (0, 0, 0, 0, 0),     # unknown; CLD's: 5
+    "momentum":           (0.9,) * 5,          # recalled for stl10 and cifar
+    "weight_decay":       (1e-4, 1e-4, 5e-4, 5e-4, 5e-4),  # unknown; 5e-4: CLD's default
     "precision":          ("auto",) * 5,       # auto: bf16 where native, else fp32: ours
-    # ---------------- augmentation, the same for both views. SimCLR's; small images: CLD's
+    # ---------------- augmentation, the same for both views. SimCLR's; stl10 and cifar: CLD's, but
+    #                    for cifar's mean and std, ours
     "image_size":         (224, 224, 96, 32, 32),  # pixels
     "crop_min":           (0.08, 0.08, 0.2, 0.2, 0.4),  # least share of the area
     "jitter":             ((0.8, 0.8, 0.8, 0.2),) * 2 + ((0.4, 0.4, 0.4, 0.4),) * 2
@@ -200,8 +206,8 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, m: float) -> None:
-        """After a step: the momentum encoder follows the updated weights (MoCo: before the keys,
-        which is the same but for the first step), and the keys take the oldest ones' places."""
+        """After a step: the momentum encoder follows the updated weights (MoCo: before the next
+        keys, which are the same), and the keys take the oldest ones' places."""
         update_ema([*self.key_encoder.parameters(), *self.key_projector.parameters()],
                    [*self.encoder.parameters(), *self.projector.parameters()], m)
         keys = all_gather(F.normalize(keys.to(self.queue.dtype), dim=1))
@@ -223,7 +229,7 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 def unit(x: Tensor) -> Tensor:
     """Rows of x [B, d] at length 1, in float32 at least."""
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return F.normalize(x, dim=1, eps=1e-6)  # authors' code: 1e-12, of the square
+    return F.normalize(x, dim=1, eps=1e-6)  # BYOL's code: 1e-12, of the square
 
 
 def margins(z1: Tensor, z2: Tensor, temperature: float,
@@ -244,7 +250,7 @@ def margins(z1: Tensor, z2: Tensor, temperature: float,
         cosines = torch.cat([z1, z2]) @ torch.cat([first, second]).T
     # -inf before the logsumexp: a sum from which exp(1 / tau) is subtracted loses all its digits.
     row = torch.arange(2 * len(z1), device=z1.device)
-    own = row % len(z1) + (rank() * len(z1) if negatives == "global" else 0)
+    own = row % len(z1) + (rank() * len(z1) if len(first) > len(z1) else 0)
     cosines[row, own] = cosines[row, own + len(first)] = -math.inf  # the anchor, and its positive
     return torch.logsumexp(cosines / temperature, dim=1) - s.repeat(2) / temperature, s
 
@@ -259,18 +265,25 @@ def dcl_loss(z1: Tensor, z2: Tensor, temperature: float, negatives: str = "globa
     return margins(z1, z2, temperature, negatives)[0].mean()
 
 
+def pair_weights(s: Tensor, sigma: float = 0.5, backprop: bool = False) -> Tensor:
+    """DCLW's w = 2 - exp(s / sigma) / mean exp(s / sigma) for this process's positives s [n] -> [n];
+    the mean is the global batch's. 1 on average, less for easy pairs; it may be negative. A constant
+    unless backprop: the paper does not say which."""
+    pairs = gather_with_gradient(s if backprop else s.detach())
+    weights = 2 - len(pairs) * F.softmax(pairs / sigma, dim=0)
+    return weights.unflatten(0, (-1, len(s)))[rank() if world_size() > 1 else 0]
+
+
 def dclw_loss(z1: Tensor, z2: Tensor, temperature: float, sigma: float = 0.5,
               negatives: str = "global", backprop_weight: bool = False) -> Tensor:
-    """DCLW: DCL with a weight of 2 - exp(s / sigma) / mean exp(s / sigma) on each positive, which
-    is 1 on average and less for easy pairs (it may be negative). The mean is over the same images
-    as the negatives. backprop_weight: it is no constant; the paper does not say which."""
+    """DCLW: DCL with pair_weights on the positives."""
     m, s = margins(z1, z2, temperature, negatives)
-    pairs = s if backprop_weight else s.detach()
-    pairs = gather_with_gradient(pairs) if negatives == "global" else pairs
-    weight = 2 - len(pairs) * F.softmax(pairs / sigma, dim=0)
-    mine = rank() * len(s) if negatives == "global" else 0
-    # m holds -s / tau already: what is to be added is the rest of -w s / tau.
-    return (m + ((1 - weight[mine:mine + len(s)]) * s / temperature).repeat(2)).mean()
+    return weighted(m, s, pair_weights(s, sigma, backprop_weight), temperature).mean()
+
+
+def weighted(m: Tensor, s: Tensor, w: Tensor, temperature: float) -> Tensor:
+    """-w s / tau + log U of the anchors [2n]; m holds -s / tau already, and here comes the rest."""
+    return m + ((1 - w) * s / temperature).repeat(2)
 
 
 @torch.no_grad()
@@ -327,43 +340,42 @@ def build_optimizer(model: Contrast, args) -> torch.optim.SGD:
 # same as moco_v3.py
 def warmup_cosine(epoch: float, args) -> float:
     """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
-    by step (authors' code). The first step of all has lr 0."""
+    by step (MoCo v3's code). With a warm-up the first step of all has lr 0."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def loss_and_margins(z1: Tensor, z2: Tensor, queue: Tensor | None, args) -> tuple[Tensor, Tensor]:
-    """The loss [] that --loss names, and the margins m [2n] (with a queue [n]) without gradient."""
+def loss_and_margins(z1: Tensor, z2: Tensor, queue: Tensor | None, args) -> tuple[Tensor, ...]:
+    """The loss [] that --loss names, and without gradient the margins m [2n] (with a queue [n]) and
+    DCLW's weights [n] (else none: [0])."""
     if queue is not None:
-        m = queue_margins(z1, z2, queue, args.temperature)
-        return (F.softplus(m) if args.loss == "infonce" else m).mean(), m.detach()
-    if args.loss == "dclw":
-        loss = dclw_loss(z1, z2, args.temperature, args.sigma, args.negatives,
-                         args.dclw_backprop_weight)
-        with torch.no_grad():
-            return loss, margins(z1, z2, args.temperature, args.negatives)[0]
-    m, _ = margins(z1, z2, args.temperature, args.negatives)
-    return (F.softplus(m) if args.loss == "infonce" else m).mean(), m.detach()
+        m, w = queue_margins(z1, z2, queue, args.temperature), z1.new_empty(0)
+    else:
+        m, s = margins(z1, z2, args.temperature, args.negatives)
+        w = pair_weights(s, args.sigma, args.dclw_backprop_weight) if args.loss == "dclw" else s[:0]
+    terms = {"infonce": lambda: F.softplus(m), "dcl": lambda: m,
+             "dclw": lambda: weighted(m, s, w, args.temperature)}[args.loss]()
+    return terms.mean(), m.detach(), w.detach()
 
 
 def train_step(model, optimizer, x: Tensor, epoch: float, args):
     """One step. x: both views [2n, 3, S, S]; epoch: passes over the data so far, a fraction within
-    one. Returns, all detached, the loss [], z1 [n, d] and the margins m of this process."""
+    one. Returns, all detached, the loss [], z1 [n, d], margins and weights of this process."""
     module = getattr(model, "module", model)
     lr = args.base_lr * args.batch_size / 256  # linear scaling, of the global batch (recalled)
     for group in optimizer.param_groups:
         group["lr"] = lr * warmup_cosine(epoch, args)
     with autocast(args):
         z1, z2 = model(x)
-    loss, m = loss_and_margins(z1, z2, module.queue, args)
+    loss, m, w = loss_and_margins(z1, z2, module.queue, args)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     if args.queue:
         module.enqueue(z2, args.ema_momentum)
-    return loss.detach(), z1.detach(), m
+    return loss.detach(), z1.detach(), m, w
 
 
 class CouplingMonitor:
@@ -389,7 +401,8 @@ class CouplingMonitor:
         mean, square, small, dcl, infonce = (part / n for part in sums)
         std = (square - mean.square()).clamp(min=0).sqrt()
         return {name: value.mean().item() for name, value in (
-            ("q_mean", mean), ("q_std", std), ("q_cv", std / mean), ("q_below_0.1", small),
+            ("q_mean", mean), ("q_std", std), ("q_cv", std / mean.clamp(min=1e-38)),
+            ("q_below_0.1", small),
             ("dcl", dcl), ("infonce", infonce))}
 
     def histogram(self) -> list[int]:
@@ -401,6 +414,10 @@ class CouplingMonitor:
 def pretrain(args) -> None:
     """Training over the whole data, with its monitors."""
     data = load_data(args)
+    if 0 < len(data.train) // args.batch_size * args.batch_size <= args.queue:
+        raise UserError(f"--queue {args.queue} is no less than an epoch: an image's own key of the "
+                        f"epoch before would be among its negatives; {args.data} has "
+                        f"{len(data.train)} images")
     model = Contrast(build_encoder(args), args.dim, args.hidden_dim, args.head_bn, args.queue)
     net = prepare(model, args)
     if args.queue and args.initial and all(n.startswith("encoder.") for n in args.initial.state):
@@ -416,21 +433,23 @@ def pretrain(args) -> None:
     # A histogram covers 4096 anchors at least, if the run has seen so many: ours, for 50 bins.
     coupling = CouplingMonitor(window=-(-4096 // (args.batch_size * (1 if args.queue else 2))))
     # A histogram of q_B at these shares of the run, by the step that ends them.
-    marks = {max(1, round(share * steps)): share for share in (1.0, 0.5, 0.1, 0.01)}
+    marks = {max(1, round(share * steps)): share for share in (0.01, 0.1, 0.5, 1.0)}
 
     def step(batch, epoch):
         x = augment(batch.crops, batch.colours, args)
-        loss, z, m = train_step(net, optimizer, x, epoch, args)
+        loss, z, m, w = train_step(net, optimizer, x, epoch, args)
         coupling.add(m)
         number = round(epoch * per_epoch) + 1
         if number in marks:
             run.log(epoch=round(number / per_epoch, 4), step=number, share=marks[number],
                     q_histogram=coupling.histogram())
-        return loss, z
+        return loss, (z, w)
 
-    def monitor(z):
-        z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z), **coupling.read()}
+    def monitor(seen):
+        z, w = map(all_gather, seen)
+        z = z[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        weight = {"w_min": w.min().item(), "w_mean": w.mean().item()} if len(w) else {}
+        return {"std": feature_std(z), "rank": effective_rank(z), **coupling.read(), **weight}
 
     run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
     fit(args, run, data, model, optimizer, step, monitor, views=2,

@@ -337,7 +337,7 @@ def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
 
 def warmup_cosine(epoch: float, args) -> float:
     """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
-    by step (authors' code). The first step of all has lr 0."""
+    by step (MoCo v3's code). With a warm-up the first step of all has lr 0."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)

@@ -50,7 +50,7 @@ def test_local_negatives_are_another_run_and_their_number_is_said(classes, tmp_p
     assert losses(tmp_path / "local") != losses(tmp_path / "global")
 
 
-@pytest.mark.parametrize("flags", [[], ["--queue", "64"]], ids=["batch", "queue"])
+@pytest.mark.parametrize("flags", [[], ["--queue", "32"]], ids=["batch", "queue"])
 def test_killed_and_started_again_ends_with_the_same_bits(flags, classes, tmp_path):
     args = ["--data", classes, *SMALL, "--epochs", "12", *flags]
     if flags:  # the queue is in the checkpoint: a pause shows it as a kill does
@@ -84,7 +84,7 @@ def test_the_log_holds_q_and_both_losses_whatever_is_trained(classes, tmp_path):
 
 def test_histograms_of_q_count_every_anchor_so_far(trained):
     lines = records(trained, "q_histogram")
-    assert [(line["step"], line["share"]) for line in lines] == [(1, 0.01), (3, 0.5), (6, 1.0)]
+    assert [(line["step"], line["share"]) for line in lines] == [(1, 0.1), (3, 0.5), (6, 1.0)]
     assert all(len(line["q_histogram"]) == 50 and sum(line["q_histogram"]) == 32 * line["step"]
                for line in lines)
 
@@ -126,6 +126,7 @@ def test_pretraining_from_an_encoder_alone_starts_the_momentum_encoder_as_its_co
 
 MISTAKES = {
     "a queue of no whole batches": ("--queue 70 --batch-size 64", "a multiple of --batch-size 64"),
+    "a queue as long as an epoch": ("--queue 4096 --batch-size 64", "no less than an epoch"),
     "a weight for the queue": ("--queue 128 --loss dclw", "has no form for a queue"),
     "sigma of another loss": ("--sigma 0.3", "would change nothing here"),
     "negatives of a queue": ("--queue 128 --negatives local", "would change nothing here"),
@@ -152,3 +153,11 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path,
 def test_stl10_has_a_recipe_of_its_own():
     args = dcl.parse_args(["--data", "stl10"])
     assert (args.recipe, args.image_size) == ("stl10", 96)
+
+
+def test_the_weights_of_dclw_are_in_the_log_and_1_on_average_of_all_processes(classes, tmp_path):
+    args = ["--data", classes, *SMALL, "--loss", "dclw", "--precision", "fp64", "--steps", "2"]
+    for negatives in ("global", "local"):
+        run("dcl.py", *args, "--negatives", negatives, "--out", tmp_path / negatives, processes=2)
+        for line in records(tmp_path / negatives):
+            assert line["w_min"] < line["w_mean"] == pytest.approx(1, abs=1e-12)
