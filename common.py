@@ -2,7 +2,8 @@
 
 Nothing in this file trains anything, and it imports nothing but torch. Contents:
 
-    resnet              ResNet-18 to -200 of any width, torchvision's parameter names
+    resnet              ResNet-18 to -200 of any width, torchvision's parameter names; with selective
+                        kernels as SimCLR v2 has them
     vit                 Vision Transformers as MoCo v3 has them, timm's parameter names
     LARS                layer-wise adaptive rates, as in BYOL's and MoCo v3's or as in SimCLR's code
     SyncBatchNorm       batch norm over all processes that also runs on a CPU
@@ -30,8 +31,10 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_dim: int, dim: int, stride: int):
+    def __init__(self, in_dim: int, dim: int, stride: int, sk_ratio: float = 0.0):
         super().__init__()
+        if sk_ratio:
+            raise ValueError("selective kernels replace the 3x3 of a bottleneck: ResNet-50 and deeper")
         self.conv1, self.bn1 = conv(in_dim, dim, 3, stride), nn.BatchNorm2d(dim)
         self.conv2, self.bn2 = conv(dim, dim, 3), nn.BatchNorm2d(dim)
         self.downsample = shortcut(in_dim, dim, stride)
@@ -43,38 +46,82 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1: ResNet-50 and deeper. The stride is on the 3x3, as in torchvision ("v1.5")."""
+    """1x1, 3x3, 1x1: ResNet-50 and deeper. The stride is on the 3x3, as in torchvision ("v1.5").
+    With sk_ratio the 3x3 and its norm are a selective kernel."""
 
     expansion = 4
 
-    def __init__(self, in_dim: int, dim: int, stride: int):
+    def __init__(self, in_dim: int, dim: int, stride: int, sk_ratio: float = 0.0):
         super().__init__()
         self.conv1, self.bn1 = conv(in_dim, dim, 1), nn.BatchNorm2d(dim)
-        self.conv2, self.bn2 = conv(dim, dim, 3, stride), nn.BatchNorm2d(dim)
+        if sk_ratio:
+            self.conv2, self.bn2 = SelectiveKernel(dim, stride, sk_ratio), nn.Identity()
+        else:
+            self.conv2, self.bn2 = conv(dim, dim, 3, stride), nn.BatchNorm2d(dim)
         self.conv3, self.bn3 = conv(dim, 4 * dim, 1), nn.BatchNorm2d(4 * dim)
-        self.downsample = shortcut(in_dim, 4 * dim, stride)
+        self.downsample = shortcut(in_dim, 4 * dim, stride, sk_ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)  # a selective kernel's is 0 at the least
         y = self.bn3(self.conv3(y))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
-def shortcut(in_dim: int, out_dim: int, stride: int) -> nn.Sequential | None:
+class SelectiveKernel(nn.Module):
+    """Two 3x3 convolutions u1, u2, mixed channel by channel by weights that both decide: Li et al.,
+    arXiv:1903.06586, as in SimCLR v2's code, where both see 3x3 pixels. [B, dim, H, W] -> the same,
+    or half the size."""
+
+    def __init__(self, dim: int, stride: int, sk_ratio: float):
+        super().__init__()
+        self.conv, self.bn = conv(dim, 2 * dim, 3, stride), nn.BatchNorm2d(2 * dim)
+        squeezed = max(int(dim * sk_ratio), 32)
+        self.squeeze, self.squeeze_bn = conv(dim, squeezed, 1), nn.BatchNorm2d(squeezed)
+        self.select = conv(squeezed, 2 * dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.relu(self.bn(self.conv(x)), inplace=True).unflatten(1, (2, -1))  # [B, 2, dim, H, W]
+        s = u.sum(dim=1).mean(dim=(2, 3), keepdim=True)
+        s = self.select(F.relu(self.squeeze_bn(self.squeeze(s)), inplace=True))
+        return (s.unflatten(1, (2, -1)).softmax(dim=1) * u).sum(dim=1)
+
+
+class ShortcutPool(nn.Module):
+    """The 2x2 mean of a ResNet-D's shortcut (He et al., arXiv:1812.01187), as in SimCLR v2's code: at
+    stride 1 the border counts the pixels that there are, at stride 2 an odd one's are 0."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 0, 1), mode="replicate" if self.stride == 1 else "constant")
+        return F.avg_pool2d(x, 2, self.stride)
+
+
+def shortcut(in_dim: int, out_dim: int, stride: int, sk_ratio: float = 0.0) -> nn.Sequential | None:
     if stride == 1 and in_dim == out_dim:
         return None
+    if sk_ratio:  # ResNet-D, which comes along with selective kernels
+        return nn.Sequential(ShortcutPool(stride), conv(in_dim, out_dim, 1), nn.BatchNorm2d(out_dim))
     return nn.Sequential(conv(in_dim, out_dim, 1, stride), nn.BatchNorm2d(out_dim))
 
 
 class ResNet(nn.Module):
     """Images [B, 3, S, S] -> features [B, feature_dim]: torchvision's ResNet without its fc."""
 
-    def __init__(self, block: type, blocks: tuple, width: float, small_images: bool):
+    def __init__(self, block: type, blocks: tuple, width: float, sk_ratio: float,
+                 small_images: bool):
         super().__init__()
         dim = int(64 * width)
         if small_images:  # 3x3 stem without pooling (SimCLR, arXiv:2002.05709, App. B.9)
             self.conv1, self.maxpool = conv(3, dim, 3), nn.Identity()
+        elif sk_ratio:  # ResNet-D's
+            half, self.maxpool = dim // 2, nn.MaxPool2d(3, 2, padding=1)
+            self.conv1 = nn.Sequential(
+                conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+                conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True), conv(half, dim, 3))
         else:
             self.conv1, self.maxpool = conv(3, dim, 7, stride=2), nn.MaxPool2d(3, 2, padding=1)
         self.bn1 = nn.BatchNorm2d(dim)
@@ -82,7 +129,7 @@ class ResNet(nn.Module):
         for i, n in enumerate(blocks):
             layers = []
             for j in range(n):
-                layers.append(block(in_dim, dim * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                layers.append(block(in_dim, dim * 2**i, 2 if i > 0 and j == 0 else 1, sk_ratio))
                 in_dim = dim * 2**i * block.expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*layers))
         self.feature_dim = in_dim
@@ -100,20 +147,22 @@ BLOCKS = {  # He et al., Table 1; 200: arXiv:1603.05027; 10 is ours, for the dem
 }
 
 
-def resnet(depth: int, width: float = 1, *, small_images: bool = False,
+def resnet(depth: int, width: float = 1, sk_ratio: float = 0.0, small_images: bool = False, *,
            zero_init_residual: bool = False) -> ResNet:
-    """Builds a ResNet whose state dict has torchvision's names (all but fc.*).
+    """Builds a ResNet whose state dict has torchvision's names (all but fc.*; with sk_ratio ours).
 
     width multiplies every channel count and may be a fraction (0.25: a stem of 16 channels).
+    sk_ratio: selective kernels and ResNet-D's stem and shortcuts where it is not 0; SimCLR v2's
+    is 0.0625. Not for ResNet-10, -18, -34, whose blocks are basic.
     small_images: for 32 px, a 3x3 stem with stride 1 and no pooling.
     zero_init_residual: every block starts as the identity (Goyal et al., arXiv:1706.02677, 5.1).
-    Raises ValueError for a depth that is not in BLOCKS.
+    Raises ValueError for a depth that is not in BLOCKS, or that sk_ratio does not fit.
     """
     if depth not in BLOCKS:
         raise ValueError(f"no ResNet of depth {depth}; there are {', '.join(map(str, BLOCKS))}")
     if int(64 * width) < 1:
         raise ValueError(f"width {width} leaves the stem without a channel; 1/64 is the least")
-    model = ResNet(*BLOCKS[depth], width, small_images)
+    model = ResNet(*BLOCKS[depth], width, sk_ratio, small_images)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # as torchvision
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -315,8 +364,8 @@ class LARS(torch.optim.Optimizer):
         lr_in_momentum=True:   b = m * b + lr * r * u;  w = w - b           (SimCLR)
 
     The two differ only while lr changes. One-dimensional parameters (biases, norms) are neither
-    decayed nor adapted: u = g, r = 1. exclude_1d=False treats them like weights; without weight
-    decay that is apex's LARC, which SimSiam's linear evaluation uses. With it, LARC,
+    decayed nor adapted: u = g, r = 1. A group whose trust_coefficient is None is decayed, but not
+    adapted. exclude_1d=False treats one-dimensional ones like weights; without weight decay that is apex's LARC, which SimSiam's linear evaluation uses. With it, LARC,
     lightning-bolts, solo-learn and lightly divide by |g| + weight_decay * |w|, and this does not.
     """
 
@@ -347,11 +396,12 @@ class LARS(torch.optim.Optimizer):
             if weights:
                 u = torch._foreach_add([p.grad for p in weights], weights,
                                        alpha=group["weight_decay"])
-                w_norm = torch.stack(torch._foreach_norm(weights))
-                u_norm = torch.stack(torch._foreach_norm(u))
-                ratio = group["trust_coefficient"] * w_norm / u_norm
-                ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, torch.ones_like(ratio))
-                torch._foreach_mul_(u, list(ratio.unbind()))
+                if group["trust_coefficient"] is not None:
+                    w_norm = torch.stack(torch._foreach_norm(weights))
+                    u_norm = torch.stack(torch._foreach_norm(u))
+                    ratio = group["trust_coefficient"] * w_norm / u_norm
+                    ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, torch.ones_like(ratio))
+                    torch._foreach_mul_(u, list(ratio.unbind()))
                 scaled = iter(u)
                 updates = [next(scaled) if yes else p.grad for p, yes in zip(params, adapted)]
             in_buffer, outside = (group["lr"], 1) if group["lr_in_momentum"] else (1, group["lr"])
