@@ -455,8 +455,8 @@ class Parser(argparse.ArgumentParser):
 MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
                "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
                "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob",
-               "clip_patch_grad", "queue", "knn_every", "knn_every_steps", "save_every",
-               "keep_every", "steps"}
+               "clip_patch_grad", "head_layers", "from_layer", "queue", "knn_every", "knn_every_steps",
+               "save_every", "keep_every", "steps"}
 
 
 # same as simsiam.py
@@ -539,13 +539,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
-    if args.stage != "pretrain" and not args.init:
+    if args.stage not in ("pretrain", "distill") and not args.init:
         raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
                         "checkpoint, or none for random weights")
     args.init = None if args.init == "none" else args.init
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} is too large: below 2**63")
-    if args.stage in ("pretrain", "finetune") and args.accumulate > 1:
+    if args.stage in ("pretrain", "finetune", "distill") and args.accumulate > 1:
         raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
                         "take a smaller --batch-size or more processes")
     args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
@@ -635,7 +635,7 @@ def setup(args) -> None:
     if getattr(args, "batch_size", 0) % world_size():
         raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
                         f"of the {world_size()} processes")
-    if args.stage in ("pretrain", "finetune") and args.batch_size < 2:
+    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
         raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1307,8 +1307,8 @@ class Run:
         theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
         differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
                   if theirs.get(name) != ours.get(name) and name not in (
-                      "data", "labels", "recipe", "grad_checkpoint", "knn_every_steps")]
-        if differ:  # "images" tells data and labels apart; the last two change no number
+                      "data", "labels", "teacher", "recipe", "grad_checkpoint", "knn_every_steps")]
+        if differ:  # "images" tells data, labels and teachers apart; the last two change no number
             raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
                             "another --out, or --fresh to start over")
 
@@ -1672,6 +1672,32 @@ def labelled(images: Images, args) -> Images:
                    pixels=pixels, total=len(picked))
 
 
+def write_labels(run: Run, images: Images) -> None:
+    """labels.txt: the images whose labels were used, as --labels reads them."""
+    lines = b"".join(os.fsencode(name) + b"\n" for name in images.names)
+    try:
+        write_file(run.path("labels.txt"), lambda file: file.write(lines))
+    except OSError as error:
+        raise UserError(f"could not write {run.path('labels.txt')}: {error}") from None
+
+
+# same as simsiam.py
+def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Tensor:
+    """One step on labelled images: cross-entropy on a crop of each, in --accumulate parts -> []."""
+    x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+    labels = images.labels[batch.shown].to(args.device)
+    optimizer.zero_grad()
+    loss = torch.zeros((), device=args.device, dtype=args.dtype)
+    for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
+        with autocast(args):
+            logits = net(x)
+        part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
+        part.backward()
+        loss += part.detach()
+    optimizer.step()
+    return loss
+
+
 class Classifier(nn.Module):
     """A linear classifier on the encoder, which is trained along (but for what build_encoder froze:
     a ViT's position table and patch projection), or frozen and in eval mode."""
@@ -1710,15 +1736,7 @@ def classify(args) -> None:
                                 momentum=args.momentum, nesterov=args.momentum > 0,
                                 weight_decay=args.weight_decay)
     run = Run(args, data)
-
-    def write_list():
-        lines = b"".join(os.fsencode(name) + b"\n" for name in data.train.names)
-        try:
-            write_file(run.path("labels.txt"), lambda file: file.write(lines))
-        except OSError as error:
-            raise UserError(f"could not write {run.path('labels.txt')}: {error}") from None
-
-    on_rank_0(write_list)
+    on_rank_0(lambda: write_labels(run, data.train))
     say("protocol: " + ("linear classifier on the frozen encoder (eval mode)" if frozen else
                         "classifier and whole encoder, evaluated every --knn-every epochs")
         + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / 256 "
@@ -1730,18 +1748,7 @@ def classify(args) -> None:
     def step(batch, epoch):
         done = epoch / args.epochs
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
-        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
-        labels = data.train.labels[batch.shown].to(args.device)
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=args.device, dtype=args.dtype)
-        for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
-            with autocast(args):
-                logits = net(x)
-            part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
-            part.backward()
-            loss += part.detach()
-        optimizer.step()
-        return loss, None
+        return classify_batch(net, optimizer, batch, data.train, args), None
 
     @torch.no_grad()
     def evaluate(epoch):

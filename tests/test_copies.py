@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("simsiam.py", "moco_v3.py", "byol.py", "dcl.py", "simclr_v2.py")  # first come, first kept
 DIFFERENT = {  # names that mean the same in every script and are each script's own
-    "SCRIPT", "RECIPE_NAMES", "PRETRAIN", "LINEAR", "TABLES", "CHOICES", "ENCODER", "augment",
+    "SCRIPT", "RECIPE_NAMES", "PRETRAIN", "LINEAR", "FINETUNE", "TABLES", "CHOICES", "ENCODER", "augment",
     "build_encoder", "build_optimizer", "read_official", "check", "train_step", "pretrain", "main",
 }
 MARK = re.compile(r"# same as (\w+\.py)$")

@@ -1,0 +1,2056 @@
+"""SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners (Chen et al., 2020).
+
+Papers: https://arxiv.org/abs/2006.10029 ("v2"), https://arxiv.org/abs/2002.05709 ("v1", which is a
+recipe of this script). "authors' code" is google-research/simclr at 383d414 (TensorFlow), of which we
+know settings and structure; v2's appendices were not at hand: what stands on memory alone is marked
+"recalled". Three stages:
+
+    1. pretrain: x1, x2 = t(x), t'(x)       # two views of each of N images     [N, 3, S, S]
+       h = f(x); z = g(h)                   # encoder f, deep head g, on all 2N views in one pass
+       L = -log(exp(cos(z_i, z_j) / tau) / sum_k exp(cos(z_i, z_k) / tau))      # v1, Eq. (1)
+                                            # j: the other view of i's image; k: all 2N - 1 but i
+    2. finetune: f_task(x) = W_task * s(BN(W1 * f(x)))    # from the head's first layer on, s: ReLU;
+                                            # cross-entropy, 1 % or 10 % of the labels
+    3. distill:  L = -sum_y P_T(y | x) log P_S(y | x)     # P = softmax(f_task(x) / tau); x: every
+                                            # image, no labels; teacher T fixed, student S
+
+`--from-layer k` starts from the output of the head's k-th layer: 0 is the encoder's h, 1 what the
+first linear layer, its batch norm and ReLU make of it (kept, and trained on), the last is z.
+
+The gradient passes through the gather of all processes' z, and batch norm, in the head too, sees the
+2N views of all: both are what makes the global batch one. LARS has the lr inside its momentum; biases
+and norms take the raw lr without decay, and so does, with decay, a classifier's matrix.
+
+Departures from the authors' code: an epoch drops what is left over and the next starts anew (there:
+batches run on across epochs, so that it takes a few more steps; both numbers are printed), so that a
+step's images are a function of seed and step; bfloat16 forward pass on hardware that has it; He
+initialisation (there: truncated normal, 1 / sqrt(fan_in)); torchvision's crops, bilinear, and colour
+operations (there: bicubic, contrast around each channel's mean, saturation in HSV, one sigma of blur
+a batch); symmetric padding of the max-pool (there: TensorFlow's); no projection in the first shortcut
+of ResNet-18 and -34 (there: one); a last batch norm whose bias is fixed at 0 (there: none); in
+fine-tuning a new classifier (there: in TensorFlow 2, by mistake, the online one, which has seen all
+labels) and a kept head layer that is trained (there: in TensorFlow 1, by mistake, not).
+
+The memory (--queue 65536; v2, Sec. 3; about 1 %) is not in their code. Open: whether both views ask
+and enter, the mode of the momentum encoder's batch norms, and how the queue starts. Here: both do; in
+train mode, on its own 2N views; at random. Official checkpoints, TensorFlow's, are not read.
+
+    python simclr_v2.py                                             # built-in images, a minute or two
+    torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --arch resnet152 --width 3 --sk
+    torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --recipe imagenet-v1   # SimCLR v1
+    python simclr_v2.py finetune --init runs/simclr_v2-demo/last.pt --labels 0.01         # stage 2
+    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune                    # stage 3: self-
+    python simclr_v2.py distill --teacher runs/simclr_v2-demo-distill --width 0.125 --out runs/small
+    python simclr_v2.py linear --init runs/simclr_v2-demo/last.pt   # linear evaluation
+    python simclr_v2.py embed --init runs/simclr_v2-demo/last.pt --data FOLDER   # features of a folder
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as vision
+
+from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synchronize_batch_norm,
+                    vit)
+
+# ----------------------------------------------------------------------------------------- recipes
+
+# Every field is also a flag (--base-lr 0.2). Columns: v2 on ImageNet; v1 on ImageNet; ViT, for which
+# neither has a recipe: lr and decay of MoCo v3's comparison (arXiv:2104.02057, Sec. 4.2), the rest as
+# in moco_v3.py and v2; CIFAR: the authors' code's command (README); the demo's: our choice.
+RECIPE_NAMES = ("imagenet", "imagenet-v1", "imagenet-vit", "cifar", "demo")
+PRETRAIN = {
+    # ---------------- imagenet - v1 ----- vit ----- cifar ---- demo
+    "arch":               ("resnet50", "resnet50", "vit_small", "resnet18", "resnet10"),
+    "width":              (1.0, 1.0, 1.0, 1.0, 0.25),  # of a ResNet. v2, Table 1: 1 to 3
+    "sk":                 (False,) * 5,        # selective kernels, ratio 0.0625: authors' code
+    "small_images":       (False, False, False, True, True),  # a ResNet's 3x3 stem, no margin in the
+    #                    test view. v1, App. B.9
+    "zero_init_residual": (True,) * 5,         # authors' code
+    "patch_size":         (16, 16, 16, 4, 8),  # of a ViT, pixels
+    "heads":              (0,) * 5,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
+    "patch_projection":   ("frozen",) * 5,     # of a ViT. arXiv:2104.02057, Sec. 4.2
+    "head_layers":        (3, 2, 3, 3, 3),     # v2, Sec. 3; v1, Sec. 2.1; authors' code. 0: none, z
+    #                    is h; 1: linear (v1, Sec. 4.2)
+    "dim":                (128,) * 5,          # of z. v1, Sec. 2.1
+    # ---------------- optimisation
+    "temperature":        (0.1, 0.1, 0.1, 0.5, 0.1),  # tau. authors' code; v1's: recalled
+    "queue":              (0,) * 5,            # that many negatives from earlier batches; v2: 65536
+    "ema_momentum":       (0.999,) * 5,        # of their encoder. v2, Sec. 3
+    "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),
+    "epochs":             (800, 1000, 300, 1000, 3),  # v2, Sec. 3.1; v1, Sec. 6
+    "batch_size":         (4096, 4096, 4096, 512, 64),  # of all processes together. v2, Sec. 3.1
+    "lr_rule":            ("sqrt", "linear", "linear", "linear", "sqrt"),  # lr is base_lr times
+    #                    sqrt(batch_size) or batch_size / 256. v1, App. B.1; v2: 0.1 * 64 = 6.4
+    "base_lr":            (0.1, 0.3, 2e-4, 1.0, 0.6),  # v1's by sqrt: 0.075
+    "warmup_epochs":      (40.0, 10.0, 40.0, 10.0, 0.5),  # v2: 5 %, an author says
+    "momentum":           (0.9,) * 5,          # of LARS and SGD
+    "weight_decay":       (1e-4, 1e-6, 0.1, 1e-4, 1e-6),
+    "precision":          ("auto",) * 5,       # auto: bf16 where native, else fp32: ours
+    # ---------------- augmentation, the same for both views. v1, App. A
+    "image_size":         (224, 224, 224, 32, 32),  # pixels
+    "crop_min":           (0.08, 0.08, 0.08, 0.08, 0.4),  # least share of the area
+    "jitter":             ((0.8, 0.8, 0.8, 0.2),) * 3 + ((0.4, 0.4, 0.4, 0.1),) * 2,  # brightness,
+    #                    contrast, saturation, hue: strength 1; CIFAR: 1/2 (v1, App. B.9)
+    "jitter_prob":        (0.8,) * 5,
+    "gray_prob":          (0.2,) * 5,
+    "blur_prob":          (0.5, 0.5, 0.5, 0.0, 0.0),  # CIFAR: none (v1, App. B.9)
+    "mean":               ((0.0, 0.0, 0.0),) * 4 + ((0.5, 0.5, 0.5),),  # pixels stay in [0, 1]:
+    "std":                ((1.0, 1.0, 1.0),) * 4 + ((0.25, 0.25, 0.25),),  # authors' code
+    # ---------------- kNN monitor. community: lightly
+    "knn_k":              (200,) * 5,
+    "knn_temperature":    (0.1,) * 5,
+}
+LINEAR = {  # v1, App. B.5, B.6; CIFAR: authors' code. ViT, demo: our choice
+    "labels":             ("1.0",) * 5,        # share of the labels, or a file that lists images
+    "from_layer":         (0,) * 5,            # of the head: see above
+    "optimizer":          ("sgd",) * 5,        # with Nesterov's momentum
+    "lr_rule":            ("linear",) * 5,
+    "base_lr":            (0.1, 0.1, 0.1, 0.1, 1.0),  # 1.6 at batch 4096
+    "epochs":             (90, 90, 90, 100, 10),
+    "batch_size":         (4096, 4096, 4096, 512, 250),
+    "warmup_epochs":      (0.0,) * 5,
+    "momentum":           (0.9,) * 5,
+    "weight_decay":       (0.0,) * 5,          # authors' code: 1e-6; paper: none
+    "crop_min":           (0.08, 0.08, 0.08, 0.08, 1.0),  # in the demo the crops' features differ too much
+    "precision":          ("auto",) * 5,
+}
+FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.5. For other shares
+              # `published` below changes epochs and from_layer. ViT, CIFAR, demo: our choice
+    "labels":             ("0.01",) * 5,
+    "from_layer":         (1, 0, 0, 1, 1),
+    "optimizer":          ("lars", "sgd", "sgd", "lars", "lars"),
+    "lr_rule":            ("sqrt", "linear", "linear", "sqrt", "sqrt"),
+    "base_lr":            (0.005, 0.05, 0.05, 0.005, 0.01),  # wide or SK: 0.002 (recalled)
+    "epochs":             (60, 60, 60, 60, 30),
+    "batch_size":         (1024, 4096, 1024, 64, 20),
+    "warmup_epochs":      (0.0,) * 5,
+    "momentum":           (0.9,) * 5,
+    "weight_decay":       (0.0,) * 5,
+    "crop_min":           PRETRAIN["crop_min"],
+    "precision":          ("auto",) * 5,
+}
+DISTILL = {  # v2, Sec. 3.1: 400 epochs, LARS; lr, decay, batch as in pre-training: recalled
+    "teacher":            ("",) * 5,           # run folder of a fine-tuned or distilled network
+    "temperature":        (1.0,) * 5,          # tau. v2, Sec. 3.1; for self-distillation 0.1
+    "tau_squared":        (False,) * 5,        # times tau^2: authors' code; the paper's formula: not
+    "alpha":              (1.0,) * 5,          # share of distillation; the rest: labels. v2, Eq. (3)
+    "labels":             ("0.01",) * 5,       # which ones, if alpha is below 1
+    "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),
+    "lr_rule":            PRETRAIN["lr_rule"],
+    "base_lr":            PRETRAIN["base_lr"],
+    "epochs":             (400, 400, 300, 400, 5),
+    "batch_size":         (4096, 4096, 4096, 512, 100),
+    "warmup_epochs":      (20.0, 20.0, 20.0, 20.0, 0.5),
+    "momentum":           (0.9,) * 5,
+    "weight_decay":       PRETRAIN["weight_decay"],
+    "crop_min":           PRETRAIN["crop_min"],
+    "precision":          ("auto",) * 5,
+}
+TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "finetune": FINETUNE, "distill": DISTILL,
+          "embed": {"precision": ("auto",) * 5}}
+CHOICES = {
+    "arch": (*(f"resnet{depth}" for depth in BLOCKS), *(f"vit_{size}" for size in VITS)),
+    "patch_projection": ("frozen", "learned"),
+    "optimizer": ("lars", "sgd", "adamw"),
+    "lr_rule": ("sqrt", "linear"),
+    "precision": ("auto", "bf16", "fp32", "fp64"),
+}
+ENCODER = ("arch", "width", "sk", "small_images", "zero_init_residual", "patch_size", "heads",
+           "patch_projection", "image_size", "mean", "std", "head_layers", "dim")
+SCRIPT = "simclr_v2"
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+def augment(x: Tensor, u: Tensor, args) -> Tensor:
+    """Second stage of a view, on the device (v1, App. A): colours, blur; no normalisation but the
+    demo's. The later stages have the first one alone.
+
+    x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
+    and `resized_crop` below). u [B, COLOUR_DRAWS]: uniform random numbers, each image's own.
+    """
+    x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
+    x = grayscale(x, u[:, 9], args.gray_prob)
+    x = gaussian_blur(x, u[:, 10:12], args.blur_prob, sigma=(0.1, 2.0))  # v1, App. A
+    return normalize(x, args.mean, args.std)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def build_encoder(args) -> nn.Module:
+    """Images [B, 3, S, S] -> features h [B, feature_dim]: f, what one keeps."""
+    if args.arch.startswith("resnet"):
+        return resnet(int(args.arch.removeprefix("resnet")), args.width, 0.0625 * args.sk,
+                      small_images=args.small_images, zero_init_residual=args.zero_init_residual)
+    return vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size, heads=args.heads,
+               patch_projection=args.patch_projection)
+
+
+def projection_head(in_dim: int, layers: int, dim: int) -> nn.Sequential:
+    """g: [B, in_dim] -> [B, dim], in so many layers, each linear, batch norm, ReLU and as wide as its
+    input; the last without ReLU, and its batch norm without bias (authors' code). None: g(h) = h."""
+    head = nn.Sequential()
+    for i in range(1, layers + 1):
+        last = i == layers
+        linear, norm = nn.Linear(in_dim, dim if last else in_dim, bias=False), nn.BatchNorm1d(
+            dim if last else in_dim)
+        nn.init.normal_(linear.weight, std=0.01)  # authors' code
+        norm.bias.requires_grad_(not last)
+        head.append(nn.Sequential(linear, norm, *([] if last else [nn.ReLU(inplace=True)])))
+    return head
+
+
+class SimCLR(nn.Module):
+    """g(f(.)), an online classifier of f's features, and with a queue the momentum encoder's keys.
+
+    encoder maps images [B, 3, S, S] to [B, encoder.feature_dim]. queue: negatives kept, 0 for none.
+    classes: of the online classifier, which trains f not at all; 0 for none.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int = 128, head_layers: int = 3, queue: int = 0,
+                 classes: int = 0):
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projection_head(encoder.feature_dim, head_layers, dim)
+        self.online = nn.Linear(encoder.feature_dim, classes) if classes else None
+        if classes:
+            nn.init.normal_(self.online.weight, std=0.01)  # authors' code
+            nn.init.zeros_(self.online.bias)
+        self.register_buffer("queue", None)
+        if queue:
+            self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
+            self.queue = F.normalize(torch.randn(queue, dim if head_layers else encoder.feature_dim))
+            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor):
+        """Both views of N images [2N, 3, S, S], the first ones first, in one pass -> z1, z2 [N, d];
+        the momentum encoder's (k1, k2) [N, d] each, or None; online logits [2N, classes], or None."""
+        h = self.encoder(x)
+        z1, z2 = self.projector(h).chunk(2)
+        keys = None
+        if self.queue is not None:
+            with torch.no_grad():
+                keys = self.key_projector(self.key_encoder(x)).chunk(2)
+        return z1, z2, keys, None if self.online is None else self.online(h.detach())
+
+    @torch.no_grad()
+    def enqueue(self, keys: tuple[Tensor, Tensor], m: float) -> None:
+        """After a step: the momentum encoder follows the updated weights, and both views' keys, of
+        all processes, take the places of the oldest."""
+        update_ema([*self.key_encoder.parameters(), *self.key_projector.parameters()],
+                   [*self.encoder.parameters(), *self.projector.parameters()], m)
+        keys = torch.cat([all_gather(unit(k)) for k in keys]).to(self.queue.dtype)
+        place = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[place] = keys
+        self.oldest.copy_((self.oldest + len(keys)) % len(self.queue))
+
+
+# same as moco_v3.py
+def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
+    """target = m * target + (1 - m) * online, in place, all tensors at once."""
+    torch._foreach_lerp_(target, online, 1 - m)
+
+
+class TaskNetwork(nn.Module):
+    """f_task (v2, Eq. 2): a new linear classifier on kept layers of the head on the encoder, [B, 3, S,
+    S] -> logits [B, classes]. frozen: the classifier alone is trained, the rest is in eval mode."""
+
+    def __init__(self, encoder: nn.Module, kept: list[nn.Module], classes: int,
+                 frozen: bool = False):
+        super().__init__()
+        self.encoder, self.projector, self.frozen = encoder, nn.Sequential(*kept), frozen
+        if frozen:
+            self.requires_grad_(False)
+        width = kept[-1][0].out_features if kept else encoder.feature_dim
+        self.fc = nn.Linear(width, classes)
+        nn.init.zeros_(self.fc.weight)  # authors' code's commands: zero_init_logits_layer
+        nn.init.zeros_(self.fc.bias)
+
+    def train(self, mode: bool = True) -> "TaskNetwork":
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        self.projector.train(mode and not self.frozen)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            y = self.projector(self.encoder(x))
+        return self.fc(y)
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+
+# same as byol.py
+def unit(x: Tensor) -> Tensor:
+    """Rows of x [B, d] at length 1, in float32 at least."""
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return F.normalize(x, dim=1, eps=1e-6)  # BYOL's code: 1e-12, of the square
+
+
+def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
+                    keys: tuple[Tensor, Tensor] | None = None,
+                    queue: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines / tau of this process's anchors with all candidates, and each anchor's positive.
+
+    z1, z2 [n, d] of one process -> logits [2n, 2N], labels [2n]. With z = (a, b) and N = 2:
+
+               b1     b2     a1     a2        a positive stands at row number + rank * n: the label;
+        a1   (a1b1)  a1b2    -inf   a1a2      an anchor is no candidate for itself
+        a2    a2b1  (a2b2)   a2a1   -inf
+               a1     a2     b1     b2
+        b1   (b1a1)  b1a2    -inf   b1b2
+        b2    b2a1  (b2a2)   b2b1   -inf
+
+    a, b of the columns are all processes', with gradient. With keys they are the momentum encoder's,
+    without, and queue [K, d] adds K columns of negatives (our reading of v2's memory).
+    """
+    with torch.autocast(z1.device.type, enabled=False):  # which would round the products
+        z1, z2 = unit(z1), unit(z2)
+        a, b = (gather_with_gradient(z) for z in (z1, z2)) if keys is None else (
+            all_gather(unit(k.detach()).to(z1.dtype)) for k in keys)
+        logits = torch.cat([torch.cat([z1 @ b.T, z1 @ a.T], dim=1),
+                            torch.cat([z2 @ a.T, z2 @ b.T], dim=1)])
+        if queue is not None:
+            logits = torch.cat([logits, torch.cat([z1, z2]) @ queue.detach().to(z1.dtype).T], dim=1)
+        row = torch.arange(2 * len(z1), device=z1.device)
+        positive = row % len(z1) + (rank() * len(z1) if len(a) > len(z1) else 0)
+        logits[row, positive + len(a)] = -math.inf
+        return logits / temperature, positive
+
+
+def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float,
+                 keys: tuple[Tensor, Tensor] | None = None, queue: Tensor | None = None) -> Tensor:
+    """NT-Xent (v1, Eq. 1, Alg. 1): the mean over the 2N anchors. ln(2N - 1) where all z are equal.
+
+    z1, z2 [n, d] of one process, of any length -> [], in float32 at least. The mean over processes,
+    and DDP's mean of its gradient, are the global batch's. keys, queue: see contrast_logits.
+    """
+    return F.cross_entropy(*contrast_logits(z1, z2, temperature, keys, queue))
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """-sum_y P_T(y | x) log P_S(y | x) at that temperature (v2, Sec. 2): the mean over the images.
+
+    Logits [n, classes] -> []. The teacher has no gradient; the least value is its entropy. There is
+    no factor tau^2: see --tau-squared.
+    """
+    student, teacher = (
+        x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        for x in (student_logits, teacher_logits.detach()))
+    with torch.autocast(student.device.type, enabled=False):
+        return F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
+
+
+# same as simsiam.py
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+# same as simsiam.py
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z.double() - z.double().mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """LARS with the lr inside its momentum: norms and biases neither decayed nor adapted, a
+    classifier's matrix decayed alone; a student's is adapted too (their notebook). SGD, Nesterov's,
+    and AdamW: batch norms not decayed (all authors' code, but for AdamW, which is MoCo v3's)."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if args.optimizer == "lars":
+        raw = [named.pop(name) for name in ("online.weight", "fc.weight")
+               if name in named and args.stage != "distill"]
+        groups = [{"params": [*named.values()]}]
+        groups += [{"params": raw, "trust_coefficient": None}] if raw else []
+        return LARS(groups, lr=0.0, weight_decay=args.weight_decay, momentum=args.momentum,
+                    lr_in_momentum=True)
+    norms = {p for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+             for p in module.parameters()}
+    groups = [{"params": [p for p in named.values() if p not in norms]},
+              {"params": [p for p in named.values() if p in norms], "weight_decay": 0.0}]
+    how = dict(lr=0.0, weight_decay=args.weight_decay, fused=args.device.type in ("cpu", "cuda"))
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **how)
+    return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.momentum > 0, **how)
+
+
+def peak_lr(args) -> float:
+    """By the number of images in the global batch, not of views (v1, App. B.1)."""
+    return args.base_lr * (math.sqrt(args.batch_size) if args.lr_rule == "sqrt"
+                           else args.batch_size / 256)
+
+
+# same as moco_v3.py
+def warmup_cosine(epoch: float, args) -> float:
+    """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
+    by step (MoCo v3's code). With a warm-up the first step of all has lr 0."""
+    if epoch < args.warmup_epochs:
+        return epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def official_steps(images: int, epochs: int, batch_size: int) -> int:
+    """Steps that the authors' code takes: all images that are to be seen, by the batch, and one."""
+    return images * epochs // batch_size + 1
+
+
+def set_lr(optimizer, epoch: float, args) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = peak_lr(args) * warmup_cosine(epoch, args)
+
+
+def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float, args):
+    """One step of stage 1. x: both views [2n, 3, S, S]; labels [n] for the online classifier, or None;
+    epoch: passes over the data so far, a fraction within one. Returns, all detached, the loss [], z1
+    and z2 [n, d], and the online logits [2n, classes] or None."""
+    module = getattr(model, "module", model)
+    set_lr(optimizer, epoch, args)
+    with autocast(args):
+        z1, z2, keys, logits = model(x)
+    # The authors' code adds the two views' means; LARS hides that factor of 2 from the weights, but
+    # for its balance with their decay, and not from norms and biases, which take the raw lr.
+    loss = 2 * nt_xent_loss(z1, z2, args.temperature, keys, module.queue)
+    online = 0.0
+    if logits is not None:  # labels below 0 are unknown (STL-10's); the encoder has no gradient of it
+        online = F.cross_entropy(logits.to(args.dtype), labels.repeat(2), ignore_index=-1,
+                                 reduction="sum") / len(logits)
+    optimizer.zero_grad()
+    (loss + online).backward()
+    optimizer.step()
+    if keys is not None:
+        module.enqueue(keys, args.ema_momentum)
+    return loss.detach(), z1.detach(), z2.detach(), None if logits is None else logits.detach()
+
+
+def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor | None, epoch: float, args):
+    """One step of stage 3 (v2, Eq. 3): alpha times the distillation loss of all images plus 1 - alpha
+    times the cross-entropy of the labelled ones, both as sums over the batch's n images, by n.
+
+    x [n, 3, S, S]: one crop of each image, for teacher and student; labels [n], -1 where unknown.
+    Returns, all detached, the loss [] and the logits of student and teacher [n, classes].
+    """
+    set_lr(optimizer, epoch, args)
+    with autocast(args):
+        with torch.no_grad():
+            t = teacher(x)
+        s = student(x)
+    s, t = s.to(args.dtype), t.to(args.dtype)
+    loss = distillation_loss(s, t, args.temperature)
+    if args.tau_squared:  # which keeps the gradient's size when tau changes
+        loss = loss * args.temperature ** 2
+    if args.alpha < 1:
+        known = F.cross_entropy(s, labels, ignore_index=-1, reduction="sum") / len(labels)
+        loss = args.alpha * loss + (1 - args.alpha) * known
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), s.detach(), t
+
+
+def pretrain(args) -> None:
+    """Stage 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
+                   len(data.classes) if data.val else 0)
+    whole = args.initial and any(name.startswith("projector.") for name in args.initial.state)
+    if whole:  # all but the online classifier, which always starts anew
+        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
+        args.initial.state = state | {n: x for n, x in model.state_dict().items()
+                                      if n.startswith("online.")}
+    net = prepare(model, args)
+    if args.queue and args.initial and not whole:
+        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
+        model.key_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
+        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
+    say_schedule(args, len(data.train))
+
+    def step(batch, epoch):
+        x = augment(batch.crops, batch.colours, args)
+        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
+        loss, z1, z2, logits = train_step(net, optimizer, x.contiguous(
+            memory_format=torch.channels_last), labels, epoch, args)
+        return loss, (z1, z2, logits, labels)
+
+    @torch.no_grad()
+    def monitor(seen):
+        z1, z2, logits, labels = seen
+        guess, positive = contrast_logits(z1, z2, 1.0)
+        right = [(guess.argmax(dim=1) == positive).sum()]  # the positive is the nearest candidate
+        if logits is not None:
+            right.append((logits.argmax(dim=1) == labels.repeat(2)).sum())
+        right = sum_over_processes(torch.stack(right).double().cpu()) / (2 * args.batch_size)
+        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        return {"std": feature_std(z), "rank": effective_rank(z),
+                **dict(zip(("contrast_top1", "online_train_top1"), right.tolist()))}
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        result = knn_monitor(model.encoder, data, epoch, args)
+        if result and epoch:
+            h, shown = features(model.encoder, data.val, args)
+            result["online_top1"] = top1(model.online(h), data.val, shown)
+        return result
+
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
+
+
+def supervise(args) -> None:
+    """Stage 2, and linear evaluation: crops and flips, cross-entropy, cosine decay per step."""
+    data = load_data(args, labels=True)
+    whole = len(data.train)
+    data.train = everywhere(lambda: labelled(data.train, args))
+    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
+    if args.stage == "finetune":
+        published(args, len(data.train) / whole)  # known before unless --labels is a file
+    encoder = build_encoder(args)
+    kept = everywhere(lambda: kept_layers(args, encoder.feature_dim))
+    frozen = args.stage == "linear"
+    model = TaskNetwork(encoder, kept, len(data.classes), frozen)
+    net = prepare(model, args)
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    on_rank_0(lambda: write_labels(run, data.train))
+    say("protocol: " + ("linear classifier on the frozen network (eval mode)" if frozen else
+                        "classifier and whole network, evaluated every --knn-every epochs")
+        + f", from layer {args.from_layer} of the head, {args.epochs} epochs of {len(data.train)} "
+        f"labelled images, crops and flips; top-1 of the last epoch on {len(data.val)} val images")
+    say_schedule(args, len(data.train))
+    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
+    fixed = []  # a frozen network's features of the val images: taken once
+
+    def step(batch, epoch):
+        set_lr(optimizer, epoch, args)
+        return classify_batch(net, optimizer, batch, data.train, args), None
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        if epoch < args.epochs and not frozen and (not args.knn_every or epoch % args.knn_every):
+            return {}
+        if not frozen:
+            logits, shown = features(model, data.val, args)
+            return {"top1": top1(logits, data.val, shown)}
+        fixed[:] = fixed or features(nn.Sequential(model.encoder, model.projector).eval(), data.val,
+                                     args)
+        return {"top1": top1(model.fc(fixed[0]), data.val, fixed[1])}
+
+    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
+
+
+def distill(args) -> None:
+    """Stage 3: every image, labels ignored unless alpha is below 1; crops and flips alone."""
+    teacher = everywhere(lambda: read_teacher(args))
+    check(args)  # once more, for the student's architecture may be the teacher's
+    data = load_data(args, labels=args.alpha < 1)
+    classes = teacher.fc.out_features
+    if data.val and len(data.classes) != classes:
+        raise UserError(f"--teacher {args.teacher} knows {classes} classes, and {args.data} has "
+                        f"{len(data.classes)}")
+    known = torch.full([len(data.train)], -1)
+    if args.alpha < 1:
+        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # fewer labels than a batch will do
+        names = everywhere(lambda: labelled(data.train, some)).names
+        known = torch.where(torch.from_numpy(np.isin(data.train.names, names)), data.train.labels, known)
+        data.digest += f"-{hashlib.sha256(known.numpy().tobytes()).hexdigest()[:8]}"
+    data.digest += f"-{args.teacher_digest}"
+    student = TaskNetwork(build_encoder(args), [], classes)
+    nn.init.normal_(student.fc.weight, std=0.01)  # authors' notebook
+    net = prepare(student, args)
+    teacher.to(args.device, args.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
+    optimizer = build_optimizer(student, args)
+    run = Run(args, data)
+    say(f"{args.arch} {args.width:g}x{' SK' * args.sk} learns from {args.teacher} at temperature "
+        f"{args.temperature:g}" + (", times its square" if args.tau_squared else ""))
+    say_schedule(args, len(data.train))
+    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
+
+    def step(batch, epoch):
+        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        loss, s, t = distill_step(net, teacher, optimizer, x, known[batch.shown].to(args.device),
+                                  epoch, args)
+        return loss, (s, t)
+
+    def monitor(seen):
+        s, t = seen
+        agree = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
+        entropy = distillation_loss(t, t, args.temperature)  # what the loss cannot fall below
+        entropy = entropy * (args.temperature ** 2 if args.tau_squared else 1)
+        values = sum_over_processes(torch.stack([entropy, agree]).cpu()) / world_size()
+        return dict(zip(("floor", "agree"), values.tolist()))
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        if data.val is None or epoch < args.epochs and (not args.knn_every or epoch % args.knn_every):
+            return {}
+        result = {}
+        for name, network in (("top1", student), ("teacher_top1", teacher))[:1 if epoch else 2]:
+            logits, shown = features(network, data.val, args)
+            result[name] = top1(logits, data.val, shown)
+        return result
+
+    fit(args, run, data, student, optimizer, step, monitor, evaluate, views=1)
+
+# ==================================================================================================
+# Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------ command line
+
+
+# same as simsiam.py
+class UserError(Exception):
+    """A mistake of the user's: ends the program with one sentence and exit code 2."""
+
+
+# same as simsiam.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+# same as simsiam.py
+MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
+               "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
+               "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob",
+               "clip_patch_grad", "head_layers", "from_layer", "queue", "knn_every", "knn_every_steps",
+               "save_every", "keep_every", "steps"}
+
+
+# same as simsiam.py
+def recipes(kind: str, arch: str | None) -> list[str]:
+    """The recipes of a kind ("imagenet"); of these the ones of arch's family, if there are such."""
+    names = [name for name in RECIPE_NAMES if name.split("-")[0] == kind]
+    same = [name for name in names
+            if arch and arch[:3] == PRETRAIN["arch"][RECIPE_NAMES.index(name)][:3]]
+    return same or names
+
+
+# same as simsiam.py
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over recipe: every field of the stage's table, and what is not about the method."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("stage", nargs="?", default="pretrain", metavar="|".join(TABLES))
+    add("--data", default="demo", metavar="NAME|FOLDER",
+        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a folder "
+             "per class, or any tree of images without labels")
+    add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
+    add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
+    add("--out", help="run folder (default: runs/<script>-<data>)")
+    add("--init", help="initial weights: last.pt or encoder.pt of a run, an official checkpoint, or none")
+    add("--fresh", action="store_true", help="start over, though --out holds a run")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    add("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
+    add("--accumulate", type=int, default=1, help="split each batch into so many parts")
+    add("--log-every", type=int, default=50, help="steps (default: 50)")
+    add("--knn-every", type=int, default=1, help="epochs (default: 1); 0: never")
+    add("--save-every", type=float, default=10, help="minutes (default: 10) and every epoch's end")
+    add("--keep-every", type=int, default=0, help="epochs between checkpoints kept (default: none)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--tensorboard", action="store_true", help="write event files too")
+    group = parser.add_argument_group("recipe: one flag a field; see the tables in the script")
+    names = [*dict.fromkeys(name for table in TABLES.values() for name in table)]
+    for name in names:
+        values = next(table[name] for table in TABLES.values() if name in table)
+        how = {"type": type(values[0]), "choices": CHOICES.get(name)}
+        if isinstance(values[0], bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(values[0], tuple):
+            how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
+        group.add_argument("--" + name.replace("_", "-"), default=None, **how,
+                           help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if args.stage not in TABLES:
+        parser.error(f"there is no stage {args.stage}, but {', '.join(TABLES)}")
+
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, (int, float)) and not isinstance(x, bool):
+                share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
+                if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
+                    least = "0 or more" if name in MAY_BE_ZERO else "above 0"
+                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
+                                    + ", at most 1" * share)
+    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
+             "stl10": "stl10" if "stl10" in RECIPE_NAMES else "cifar"}
+    asked, args.recipe = args.recipe, args.recipe or recipes(kinds.get(args.data, "imagenet"),
+                                                             args.arch)[0]
+    column = RECIPE_NAMES.index(args.recipe)
+    fields = {name: PRETRAIN[name][column] for name in ENCODER}
+    fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
+    if args.data == "stl10":
+        fields["image_size"] = 96  # its size
+    args.given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    for name in names:
+        delattr(args, name)
+    for name in args.given.keys() - fields.keys():
+        raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
+    args.fields = sorted(fields)
+    vars(args).update(fields | args.given)
+    args.given |= {"recipe": asked} if asked else {}
+
+    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+    if args.stage not in ("pretrain", "distill") and not args.init:
+        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
+                        "checkpoint, or none for random weights")
+    args.init = None if args.init == "none" else args.init
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} is too large: below 2**63")
+    if args.stage in ("pretrain", "finetune", "distill") and args.accumulate > 1:
+        raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
+                        "take a smaller --batch-size or more processes")
+    args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
+                                        + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+    return args
+
+
+def check(args) -> None:
+    """What the flags and --init make together must be buildable; what of them leaves others open."""
+    flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
+    given, vit = args.given.keys(), args.arch.startswith("vit")
+    if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
+        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the "
+                        "least")
+    for name in given & ({"width", "sk", "zero_init_residual"} if vit
+                         else {"patch_size", "heads", "patch_projection"}):
+        raise UserError(f"{flag[name]} is for a {'ResNet' if vit else 'ViT'}, and --arch is "
+                        f"{args.arch}")
+    if args.stage == "embed":
+        return
+    column = RECIPE_NAMES.index(args.recipe)
+    if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
+        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, 1e-4 for "
+                        "adamw, 0.05 for sgd, by --lr-rule linear")
+    if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
+        raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
+                        f"{args.arch}: give --optimizer adamw --base-lr 2e-4 --lr-rule linear "
+                        "--weight-decay 0.1, as --recipe imagenet-vit has it")
+    if args.stage == "pretrain":
+        if args.queue % (2 * args.batch_size):
+            raise UserError(f"{flag['queue']} takes both views of whole batches: a multiple of "
+                            f"{2 * args.batch_size}")
+        unused = {"ema_momentum": not args.queue, "dim": not args.head_layers,
+                  "momentum": args.optimizer == "adamw"}
+    elif args.stage == "distill":
+        if not args.teacher:
+            raise UserError("distill needs --teacher: the folder of a fine-tuned or distilled run")
+        if args.alpha > 1:
+            raise UserError(f"{flag['alpha']} makes no sense: a share above 0, at most 1")
+        unused = {"labels": args.alpha == 1, "momentum": args.optimizer == "adamw",
+                  "head_layers": True, "dim": True}
+    else:
+        if "from_layer" not in given and not args.init:
+            args.from_layer = 0  # there is no head to keep
+        if args.stage == "finetune":
+            if (args.width > 1 or args.sk) and "base_lr" not in given and args.recipe == "imagenet":
+                args.base_lr = 0.002  # recalled: 0.064 in place of 0.16 at batch 1024
+            with contextlib.suppress(ValueError):  # a file's share is known when it has been read
+                published(args, float(args.labels))
+        if args.from_layer > args.head_layers:
+            raise UserError(f"{flag['from_layer']}, but the head has {args.head_layers} layers")
+        unused = {"momentum": args.optimizer == "adamw"}
+    for name in unused.keys() & given:
+        if unused[name]:
+            raise UserError(f"{flag[name]} would change nothing here")
+    if vit:
+        args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
+    try:
+        with torch.device("meta"):  # without memory and time
+            build_encoder(args)
+    except ValueError as error:
+        raise UserError(f"--arch {args.arch}{' --sk' * args.sk}: {error}") from None
+
+
+def published(args, share: float) -> None:
+    """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and from
+    the encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest."""
+    if share > 0.03 and "epochs" not in args.given:
+        args.epochs = FINETUNE["epochs"][RECIPE_NAMES.index(args.recipe)] // 2
+    if share > 0.3 and "from_layer" not in args.given:
+        args.from_layer = 0
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+# same as simsiam.py
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+# same as simsiam.py
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# same as simsiam.py
+def setup(args) -> None:
+    """Picks the device, joins torchrun's process group, seeds, reads --init."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    args.device = args.device or next(name for name, there in available.items() if there)
+    if not available[args.device]:
+        raise UserError(f"--device {args.device}: torch sees none here; leave the flag out")
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs here")
+        args.device = torch.device("cuda", local)
+        torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:
+        # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
+        raise UserError("--device mps takes one process and no fp64; give --device cpu")
+    if getattr(args, "batch_size", 0) % world_size():
+        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
+                        f"of the {world_size()} processes")
+    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
+        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
+    args.initial = everywhere(lambda: read_init(args)) if args.init else None
+    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
+        if "recipe" in args.given:
+            raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
+                            + " or ".join(fitting))
+        args.recipe = fitting[0]  # --init brought another kind of network
+        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
+                          in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
+    check(args)
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+
+
+# same as simsiam.py
+def cpu_info(key: str) -> str:
+    """What Linux says of the processor: "flags" for its instruction sets, "model name"."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith(key)), "")
+    except OSError:
+        return ""
+
+
+# same as simsiam.py
+@functools.cache
+def bf16_is_native(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = cpu_info("flags").split()
+    return device == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)
+
+
+# same as simsiam.py
+def autocast(args):
+    """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
+    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # a ViT: half as fast, on AMX
+    wanted = args.precision == "bf16" or (args.precision == "auto" and pays
+                                          and bf16_is_native(args.device.type))
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
+
+
+# same as simsiam.py
+@torch.no_grad()
+def all_gather(x: Tensor) -> Tensor:
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first; without gradient."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+# same as byol.py
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is that
+    of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
+    if world_size() == 1:
+        return x
+    places = x.new_zeros(world_size(), *x.shape)
+    places[rank()] = x
+    return AllReduceSum.apply(places).flatten(0, 1)
+
+
+# same as simsiam.py
+def sum_over_processes(x: Tensor) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+# same as simsiam.py
+def everywhere(function):
+    """function() in every process: its result, or in all of them the UserError of the first that
+    has one. The function itself must not wait for other processes."""
+    result, errors = None, [None] * world_size()
+    try:
+        result = function()
+    except UserError as error:
+        errors[0] = str(error)
+    if world_size() > 1:
+        dist.all_gather_object(errors, errors[0])
+    if any(errors):
+        raise UserError(next(filter(None, errors)))
+    return result
+
+
+# same as simsiam.py
+def on_rank_0(function):
+    """function() on rank 0; every process gets its result, or its UserError."""
+    result = [everywhere(lambda: function() if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+# same as simsiam.py
+def say(message: str) -> None:
+    if rank() == 0:  # file names may hold what cannot be printed
+        print(message.encode(errors="backslashreplace").decode(), flush=True)
+
+
+# same as simsiam.py
+def prepare(model: nn.Module, args) -> nn.Module:
+    """Loads --init into the model, moves it to the device, and returns what to call in its place:
+    over several processes it averages gradients, and its batch norms see the global batch."""
+    if args.initial:
+        load_initial(model, args)
+    model.to(args.device, args.dtype, memory_format=torch.channels_last)
+    net = model
+    if world_size() > 1:
+        cuda = args.device.type == "cuda"  # torch's SyncBatchNorm refuses CPU tensors
+        (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
+        net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
+                                      gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes as they are
+    if args.compile:
+        net.compile()  # in place: the names in the state dict stay
+    return net
+
+
+# -------------------------------------------------------------------------------------- randomness
+
+CROP_DRAWS, COLOUR_DRAWS = 23, 13  # uniform numbers that one view of one image takes
+
+
+# same as simsiam.py
+def generator(*key) -> torch.Generator:
+    """A random stream that depends on nothing but its key, such as (seed, "crop", epoch, step)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# same as simsiam.py
+def uniform(shape: tuple, *key) -> Tensor:
+    return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
+
+
+# same as simsiam.py
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+# same as simsiam.py
+def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What step `step` sees, a function of seed and step alone, and of it this process's share.
+
+    Returns indices [b], crop draws [b, views, CROP_DRAWS], colour draws [b, views, COLOUR_DRAWS].
+    The draws are made for the global batch, so that they do not depend on the number of processes.
+    """
+    epoch, i = divmod(step, n // args.batch_size)
+    b = args.batch_size // world_size()
+    mine = slice(rank() * b, rank() * b + b)
+    index = epoch_order(args.seed, epoch, n)[i * args.batch_size:][mine]
+    crop = uniform((args.batch_size, views, CROP_DRAWS), args.seed, "crop", step)[mine]
+    colour = uniform((args.batch_size, views, COLOUR_DRAWS), args.seed, "colour", step)[mine]
+    return index, crop, colour
+
+
+# ------------------------------------------------------------------------- augmentation, operations
+
+
+# same as simsiam.py
+def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
+               flip_prob: float = 0.5) -> tuple[Tensor, ...]:
+    """torchvision's RandomResizedCrop for many images at once: shares of the area from crop_min to
+    1, aspect ratios 3/4 to 4/3, ten tries, else the centre. u [B, CROP_DRAWS] -> top, left, height,
+    width, flipped or not; [B] each."""
+    area = height * width * (crop_min + (1 - crop_min) * u[:, 0:10])
+    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20])
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
+    first, found = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
+    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3))).long()
+    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / (3 / 4)))).long()
+    top = torch.where(found, u[:, 20] * (height - h + 1), (height - h) // 2).long()
+    left = torch.where(found, u[:, 21] * (width - w + 1), (width - w) // 2).long()
+    return top, left, h, w, u[:, 22] < flip_prob
+
+
+# same as simsiam.py
+def resample(start: Tensor, length: Tensor, in_size: int, out_size: int,
+             flip: Tensor | None = None) -> Tensor:
+    """Matrices [B, out_size, in_size] that resize pixels start .. start + length - 1 to out_size:
+    bilinear and antialiased, as torchvision's. flip [B]: mirrored where true."""
+    start, length = start[:, None, None], length[:, None, None]
+    out = torch.arange(out_size, device=start.device)[:, None]
+    if flip is not None:
+        out = torch.where(flip[:, None, None], out_size - 1 - out, out)
+    pixel = torch.arange(in_size, device=start.device)
+    scale = length / out_size
+    offset = start + (out + 0.5) * scale - (pixel + 0.5)
+    weight = (1 - offset.abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= start) & (pixel < start + length))
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+# same as simsiam.py
+def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
+    """Crops x [B, 3, H, W] to boxes, resized to [B, 3, size, size]: two matrix products."""
+    top, left, height, width = (box.to(x, non_blocking=True) for box in boxes[:4])
+    rows = resample(top, height, x.shape[2], size)
+    columns = resample(left, width, x.shape[3], size, boxes[4].to(x.device, non_blocking=True))
+    return rows[:, None] @ x @ columns[:, None].mT
+
+
+# same as simsiam.py
+def gray(x: Tensor) -> Tensor:
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]  # torchvision's weights
+
+
+# same as simsiam.py
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    r, g, b = x.unbind(dim=1)
+    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
+    c = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
+                                                           4 + (r - g) / c))  # in sixths
+    hue = (hue + 6 * shift[:, 0])[:, None]
+    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# same as simsiam.py
+COLOUR_OPERATIONS = (  # (x, factor) -> x: brightness, contrast, saturation, hue
+    lambda x, f: (f * x).clamp(0, 1),
+    lambda x, f: (f * x + (1 - f) * gray(x).mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1),
+    lambda x, f: (f * x + (1 - f) * gray(x)).clamp(0, 1),
+    lambda x, f: shift_hue(x, f - 1),
+)
+
+
+# same as simsiam.py
+def chosen(mask: Tensor, x: Tensor) -> Tensor:
+    """Indices of the true places of mask, found on the CPU so that no GPU has to be waited for."""
+    return mask.nonzero()[:, 0].to(x.device, non_blocking=True)
+
+
+# same as simsiam.py
+def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
+    """torchvision's ColorJitter with probability prob, its four operations in random order, every
+    image with its own. x [B, 3, S, S] in [0, 1]; u [B, 9]: whether, how much (4), order (4)."""
+    factor = 1 + (2 * u[:, 1:5] - 1) * torch.tensor(strength, dtype=u.dtype)
+    factor = factor.clamp(min=0).to(x)[:, :, None, None, None]
+    order = u[:, 5:9].argsort(dim=1)
+    x = x.clone()
+    for place in range(4):
+        for k, operation in enumerate(COLOUR_OPERATIONS):
+            i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
+            x[i] = operation(x[i], factor[i, k])
+    return x
+
+
+# same as simsiam.py
+def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
+    """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
+    i = chosen(u < prob, x)
+    x = x.clone()
+    x[i] = gray(x[i]).expand(-1, 3, -1, -1)
+    return x
+
+
+# same as simsiam.py
+def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
+    """Blurs each image with probability prob and its own sigma, in pixels, uniform in the range.
+
+    x [B, 3, S, S]; u [B, 2]: whether, how much. The kernel spans a tenth of the side (SimCLR,
+    arXiv:2002.05709, App. A; at 224 px: 23 taps), reflected at the border.
+    """
+    i = chosen(u[:, 0] < prob, x)
+    if len(i) == 0:
+        return x
+    half = x.shape[-1] // 20
+    s = (sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x)[i]
+    taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
+    y = x[i].flatten(0, 1)[None]  # every image and colour is a channel with a kernel of its own
+    y = F.pad(y, (half, half, half, half), mode="reflect")
+    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
+    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
+    x = x.clone()
+    x[i] = y[0].unflatten(0, (-1, 3))
+    return x
+
+
+# same as simsiam.py
+def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (x - mean) / std
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+# same as simsiam.py
+@dataclass
+class Images:
+    """n images: their names, their labels if known, and their pixels if they fit in memory."""
+
+    names: np.ndarray  # [n], paths relative to root
+    labels: Tensor | None = None  # [n] int64
+    pixels: Tensor | None = None  # [n, 3, H, W] uint8, on the device
+    root: str = ""
+    total: int = 0  # n, of the whole where this is a part
+    unreadable: set[str] = field(default_factory=set)  # paths, shared by the parts
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def read(self, i: int) -> tuple[Tensor, int]:
+        """Image i as uint8 [3, H, W], and i; for an unreadable one a substitute and its index."""
+        # The substitutes are a function of i, so that every run and every process takes the same.
+        substitutes = torch.randint(len(self), [9], generator=generator("substitute", i)).tolist()
+        for j in (i, *substitutes):
+            try:  # read as bytes, for torchvision takes no file name that is not UTF-8
+                file = torch.from_numpy(np.fromfile(os.fsencode(self.path(j)), dtype=np.uint8))
+                x = torchvision.io.decode_image(file, torchvision.io.ImageReadMode.RGB)
+            except (RuntimeError, OSError):
+                continue
+            if x.ndim == 3:  # an animation has four dimensions
+                return x if x.dtype == torch.uint8 else (x.int() >> 8).byte(), j  # 16-bit PNG
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), -1  # report_unreadable will end the run
+
+
+# same as simsiam.py
+def load_data(args, labels: bool = False) -> SimpleNamespace:
+    """--data as train, bank and val (Images; the last two None without labels), classes, and a
+    digest that tells data sets apart. labels: whether the stage needs them."""
+    if args.data == "demo":
+        train, val = (
+            Images(np.array([f"{name}/{i}" for i in range(n)]), labels, pixels.to(args.device))
+            for name, n, seed in (("train", 4000, 0), ("val", 1000, 1))
+            for pixels, labels in [demo_images(n, seed)])
+        bank, classes = train, [*"0123456789"]
+    else:
+        load = torchvision_data if args.data in ("cifar10", "cifar100", "stl10") else folder_data
+        if load is torchvision_data:  # rank 0 downloads what is missing
+            on_rank_0(lambda: load(args, download=True) and None)
+        train, bank, val, classes = everywhere(lambda: load(args))
+        if load is folder_data:
+            train, val = (images and load_pixels(images, args) for images in (train, val))
+            bank = val and (train if train.pixels is not None else bank)
+    if labels and val is None:
+        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a folder "
+                        "per class")
+    if getattr(args, "batch_size", 0) > len(train):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
+                        f"{args.data}")
+    names = "\n".join(os.fsdecode(name) for name in train.names)
+    say(f"{args.data}: {len(train)} images, "
+        + ("on disk" if train.pixels is None else f"in memory on {args.device.type}")
+        + (f", {len(classes)} classes" if val else ", no labels: kNN off"))
+    return SimpleNamespace(train=train, bank=bank, val=val, classes=classes, digest=(
+        f"{len(train)}-{hashlib.sha256(names.encode(errors='replace')).hexdigest()[:8]}"))
+
+
+# same as simsiam.py
+def torchvision_data(args, download: bool = False):
+    """CIFAR-10, CIFAR-100 or STL-10."""
+    stl = args.data == "stl10"
+    parts = []
+    for split in ("train", "test", *["train+unlabeled"] * (stl and args.stage == "pretrain")):
+        how = {"split": split} if stl else {"train": split == "train"}
+        try:
+            data = getattr(torchvision.datasets, args.data.upper())(
+                args.data_root, download=download, **how)
+        except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
+            raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
+                            f"{str(error).splitlines()[0]}") from None
+        pixels = torch.from_numpy(data.data if stl else data.data.transpose(0, 3, 1, 2).copy())
+        names = np.array([f"{args.data}/{split}/{i}" for i in range(len(pixels))])
+        labels = torch.tensor(data.labels if stl else data.targets).long()
+        parts.append(Images(names, labels, pixels if download else pixels.to(args.device)))
+    return parts[-1] if len(parts) > 2 else parts[0], parts[0], parts[1], data.classes
+
+
+# same as simsiam.py
+def folder_data(args):
+    """train/ and val/ with a folder per class, or else every image in the tree, without labels."""
+    if not os.path.isdir(args.data):
+        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, "
+                        "stl10")
+    folders = [os.path.join(args.data, name) for name in ("train", "val")]
+    if not all(map(os.path.isdir, folders)):
+        return find_images(args.data), None, None, None
+    classes = sorted(entry.name for entry in os.scandir(folders[0]) if entry.is_dir())
+    if len(classes) < 2:
+        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or "
+                        f"more; for images without labels give --data {folders[0]}")
+    train, val = map(find_images, folders)
+    for folder, images in zip(folders, (train, val)):
+        names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
+        strange = sorted(set(names) - set(classes))
+        if strange and args.stage == "embed":
+            return find_images(args.data), None, None, None
+        if strange:
+            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
+                            f"of {folders[0]}; for images without labels give --data {folder}")
+        images.labels = torch.from_numpy(np.searchsorted(classes, names))
+    # At most about 128,000, a tenth of ImageNet's, if they are to be read from disk: ours, for speed.
+    some = slice(None, None, max(1, round(len(train) / 128_000)))
+    return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
+
+
+# same as simsiam.py
+def find_images(root: str) -> Images:
+    """Every JPEG, PNG and WebP file under root, at any depth, in the order of their names."""
+    names = sorted(os.path.relpath(os.path.join(folder, name), root)
+                   for folder, _, files in os.walk(root, followlinks=True) for name in files
+                   if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
+    if not names:
+        raise UserError(f"no JPEG, PNG or WebP image under {root}")
+    # Bytes in one array: a list of a million strings would be copied into every loader process.
+    return Images(np.array([os.fsencode(name) for name in names]), root=root, total=len(names))
+
+
+# same as simsiam.py
+def load_pixels(images: Images, args) -> Images:
+    """Takes the images into memory if they have one size of at most 128 px and fit into 2 GB."""
+    n, (x, _) = len(images), images.read(0)
+    if max(x.shape) > 128 or n * x.numel() > 2e9:
+        return images
+    pixels, shown = torch.empty(n, *x.shape, dtype=torch.uint8), torch.arange(n)
+    with ThreadPoolExecutor(args.workers or 1) as pool:
+        for part in shown.clone().split(1024):
+            for i, (x, j) in zip(part, pool.map(images.read, part.tolist())):
+                if x.shape != pixels.shape[1:]:
+                    return images
+                pixels[i], shown[i] = x, j
+    report_unreadable(images, torch.arange(n), shown)
+    labels = None if images.labels is None else images.labels[shown]
+    return replace(images, pixels=pixels.to(args.device), labels=labels)
+
+
+# same as simsiam.py
+class Stage1(Dataset):
+    """The first stage of the augmentation, in the loader's processes: decode, crop, resize, flip.
+
+    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: resized so
+    that the shorter side is margin times S, centre. Gives uint8 [views, 3, S, S] and the index
+    shown.
+    """
+
+    def __init__(self, images: Images, size: int, crop_min: float, margin: float,
+                 flip_prob: float = 0.5):
+        self.images, self.size, self.margin = images, size, margin
+        self.crop_min, self.flip_prob = crop_min, flip_prob
+
+    def __getitem__(self, key) -> tuple[Tensor, int]:
+        x, shown = self.images.read(key[0])
+        if key[1] is None:
+            x = vision.resize(x, [round(self.size * self.margin)], antialias=True)
+            return vision.center_crop(x, [self.size, self.size])[None], shown
+        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min, self.flip_prob)
+        views = []
+        for *box, flip in zip(*(box.tolist() for box in boxes)):
+            view = vision.resized_crop(x, *box, [self.size, self.size], antialias=True)
+            views.append(view.flip(2) if flip else view)
+        return torch.stack(views), shown
+
+
+# same as simsiam.py
+def ignore_signals(worker: int) -> None:
+    """Loader processes are ended by their parent, not by the signal that asks it to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# same as simsiam.py
+def load(args, images: Images, wanted, crop_min: float = 1.0):
+    """The first stage for wanted, an iterable of (indices [b], crop draws [b, views, CROP_DRAWS] or
+    None for the test view). Yields crops [views * b, 3, S, S] in [0, 1] on the device, all images'
+    first view before the second, and the indices shown [b]: others than wanted where unreadable."""
+    size = args.image_size
+    margin = 1 if args.small_images else 8 / 7  # 256 for 224 px: authors' code; nothing at 32 px
+    flip_prob = getattr(args, "flip_prob", 0.5)  # where it is no field of the recipe, half of them
+    if images.pixels is None:
+        keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
+                for index, crop in wanted)
+        for x, shown in DataLoader(Stage1(images, size, crop_min, margin, flip_prob),
+                                   batch_sampler=keys, num_workers=args.workers,
+                                   worker_init_fn=ignore_signals,
+                                   pin_memory=args.device.type == "cuda"):
+            x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            yield x.to(args.dtype) / 255, shown
+        return
+    height, width = images.pixels.shape[2:]
+    side = round(min(height, width) / margin)
+    centre = ((height - side) // 2, (width - side) // 2, side, side, False)
+    for index, crop in wanted:
+        x = images.pixels[index.to(args.device)].to(args.dtype) / 255
+        boxes = [[torch.tensor([value]).expand(len(x)) for value in centre]] if crop is None else [
+            crop_boxes(u, height, width, crop_min, flip_prob) for u in crop.unbind(1)]
+        yield torch.cat([resized_crop(x, box, size) for box in boxes]), index
+
+
+# same as simsiam.py
+def batches(args, images: Images, start: int, stop: int, views: int):
+    """What the steps start .. stop - 1 need: crops and indices as from load(), and with them the
+    colour draws [views * b, COLOUR_DRAWS] for the second stage."""
+    drawn, again = itertools.tee(draw_step(args, len(images), step, views)
+                                 for step in range(start, stop))
+    crops = load(args, images, ((index, crop) for index, crop, _ in again), args.crop_min)
+    for (x, shown), (index, _, colour) in zip(crops, drawn):
+        yield SimpleNamespace(crops=x, colours=colour.transpose(0, 1).flatten(0, 1), wanted=index,
+                              shown=shown)
+
+
+# same as simsiam.py
+def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
+    """Names each image that could not be read, once. Every process must call it."""
+    found = [wanted[wanted != shown].tolist()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, found[0])
+    for i in sorted({i for part in found for i in part}):
+        if images.path(i) not in images.unreadable:
+            images.unreadable.add(images.path(i))
+            say(f"unreadable, another image stands in for it: {images.path(i)}")
+    count = len(images.unreadable)
+    if count > max(1, images.total / 100) or count >= max(1, images.total):
+        raise UserError(f"{count} images under {images.root} are unreadable, more "
+                        "than 1 %: mend or remove the files named above")
+
+
+# ------------------------------------------------------------------------------------- kNN monitor
+
+
+# same as simsiam.py
+@torch.no_grad()
+def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
+    """The encoder's output, in eval mode, for the test view of each image -> [n, feature_dim] and
+    the indices of the images shown [n], the same in every process."""
+    training = encoder.training
+    encoder.eval()
+    n = len(images)
+    # Every world_size-th image, the first ones again at the end where the others have one more.
+    mine = (torch.arange(-(-n // world_size())) * world_size() + rank()) % n
+    rows, shown = [], []
+    for x, index in load(args, images, ((part, None) for part in mine.split(256))):
+        x = normalize(x, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        with autocast(args):
+            rows.append(encoder(x).to(args.dtype))
+        shown.append(index)
+    encoder.train(training)
+    rows, shown = torch.cat(rows), torch.cat(shown)
+    report_unreadable(images, mine, shown)
+    rows, shown = (all_gather(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:n]
+                   for part in (rows, shown))
+    return rows, shown
+
+
+# same as simsiam.py
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int,
+                 temperature: float) -> float:
+    """Share of queries whose class wins the vote of their k nearest in the bank, each neighbour's
+    vote weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978, Sec. 3.4).
+
+    bank [n, d], bank_labels [n], queries [m, d], labels [m] -> in [0, 1].
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    right = 0
+    for query, label in zip(queries.split(1024), labels.split(1024)):
+        cosine, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=query.device)
+        weight = torch.exp((cosine - cosine[:, :1]) / temperature)  # the largest is 1: no overflow
+        votes.scatter_add_(1, bank_labels[nearest], weight)
+        right += (votes.argmax(dim=1) == label).sum().item()
+    return right / len(labels)
+
+
+# same as simsiam.py
+def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
+    """kNN accuracy of the encoder's features: bank of training images, queries from val."""
+    if data.val is None or not args.knn_every or epoch % args.knn_every and epoch < args.epochs:
+        return {}
+    (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
+    labels = [images.labels[k.cpu()].to(args.device)
+              for images, k in ((data.bank, i), (data.val, j))]
+    result = {"knn": knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
+                                  args.knn_temperature)}
+    if epoch == 0:
+        say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
+            f"images, {len(queries)} queries")
+        if args.data == "demo":  # what the pixels give away without any network
+            pixels = [images.pixels.flatten(1).float() / 255 - 0.5 for images in (data.bank, data.val)]
+            result["knn_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1],
+                                                args.knn_k, args.knn_temperature)
+    return result
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+
+# same as simsiam.py
+class Run:
+    """The run folder: lock, log.jsonl, views.png, last.pt, previous.pt, encoder.pt.
+
+    Opening it finds the checkpoint to go on from (state; None at the start) and refuses a folder
+    that another run uses, or that holds a run with other settings. Rank 0 alone writes.
+    """
+
+    def __init__(self, args, data):
+        self.args, self.board, self.corrupt, self.step = args, None, False, None
+        self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
+                       "recipe": args.recipe, "seed": args.seed,
+                       "init": args.initial and args.initial.digest,
+                       **{name: getattr(args, name) for name in args.fields}}
+        found = on_rank_0(self.claim)
+        self.state = everywhere(lambda: load_file(found)) if found else None
+        self.start = self.state["step"] if self.state else 0  # the step to do next
+        on_rank_0(self.open_log)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.args.out, name)
+
+    def claim(self) -> str | None:
+        """Locks the folder and looks for a checkpoint of this very run."""
+        try:
+            os.makedirs(self.args.out, exist_ok=True)
+            self.lock = open(self.path("lock"), "w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
+                            "another --out") from None
+        except (OSError, ValueError) as error:  # the latter: a character that no path may have
+            raise UserError(f"--out {self.args.out!r}: {error}") from None
+        if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
+                if os.path.exists(self.path(name)):
+                    os.remove(self.path(name))
+        last, previous = self.path("last.pt"), self.path("previous.pt")
+        for path in filter(os.path.exists, (last, previous)):
+            try:
+                config = load_file(path)["config"]
+            except (UserError, KeyError, TypeError):
+                say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
+                self.corrupt = True
+                continue
+            self.compare(config)
+            return path
+        if self.corrupt:
+            raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
+        log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
+        if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
+            try:
+                with open(log) as file:
+                    self.compare(json.loads(file.readline())["config"])
+            except (ValueError, KeyError, TypeError, AttributeError, OSError):
+                raise UserError(f"{log} is none of ours: give another --out") from None
+        return None
+
+    def compare(self, theirs: dict) -> None:
+        theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
+        differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
+                  if theirs.get(name) != ours.get(name) and name not in (
+                      "data", "labels", "teacher", "recipe", "grad_checkpoint", "knn_every_steps")]
+        if differ:  # "images" tells data, labels and teachers apart; the last two change no number
+            raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
+                            "another --out, or --fresh to start over")
+
+    def open_log(self) -> None:
+        """Cuts the log back to the checkpoint, so that no step stands in it twice."""
+        if self.state and self.state["finished"]:
+            return
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard first") from None
+            self.board = SummaryWriter(self.args.out, purge_step=self.start)
+        resumed = self.state and os.path.exists(self.path("log.jsonl"))
+        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
+        if resumed:
+            self.file.truncate(self.state["log_bytes"])
+            self.file.seek(0, os.SEEK_END)
+            say(f"{self.args.out}: going on from step {self.start}")
+        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
+               "--dirty", "--exclude=*"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        except OSError:  # no git here
+            commit = None
+        cuda = self.args.device.type == "cuda"
+        self.log(
+            **{"resumed": self.start} if resumed else {"config": self.config},
+            versions={"python": platform.python_version(), "torch": torch.__version__,
+                      "torchvision": torchvision.__version__, "numpy": np.__version__},
+            hardware=(f"{torch.cuda.get_device_name() if cuda else cpu_info('model name')}, "
+                      f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+                      f"{world_size()} processes"),
+            command=shlex.join(sys.argv), commit=commit)
+
+    def log(self, **record) -> None:
+        """One JSON object a line; with --tensorboard its numbers are scalars too."""
+        if rank() == 0:
+            try:
+                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path('log.jsonl')}: {error.strerror}; the same command goes "
+                                "on from the last checkpoint") from None
+            if self.board and "step" in record:
+                for name in record.keys() - {"step", "epoch", "q_histogram"}:
+                    self.board.add_scalar(name, record[name], record["step"])
+                self.board.flush()
+
+    def save(self, model: nn.Module, optimizer, keep: bool = False, **state) -> None:
+        """last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
+        on_rank_0(lambda: self.write(model, optimizer, keep, state))
+
+    def write(self, model: nn.Module, optimizer, keep: bool, state: dict) -> None:
+        state |= {"config": self.config, "log_bytes": self.file.tell(),
+                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        try:
+            os.fsync(self.file.fileno())
+            last, older = self.path("last.pt"), "corrupt.pt" if self.corrupt else "previous.pt"
+            write_file(self.path("new.pt"), lambda file: torch.save(state, file))
+            if os.path.exists(last) and self.step != state["step"]:  # else it is the same once more
+                os.replace(last, self.path(older))
+            os.replace(self.path("new.pt"), last)
+            self.corrupt, self.step = False, state["step"]
+            if keep:
+                shutil.copy(last, self.path(f"step{state['step']}.pt"))
+            write_encoder(model.encoder, self.args)
+        except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
+            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint "
+                            "there is whole, and the same command goes on from it") from None
+
+    def save_views(self, images: Images, views: int, augmented) -> None:
+        """views.png: eight images in the test view, then their views as training sees them."""
+        args = argparse.Namespace(**vars(self.args))
+        args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
+
+        def draw():
+            batch = next(batches(args, images, 0, 1, views))
+            rows, _ = next(load(args, images, [(batch.wanted, None)]))
+            mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
+            rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
+            picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
+            try:
+                torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"could not write {self.path('views.png')}: {error}") from None
+            if self.board:
+                self.board.add_image("views", picture)
+
+        on_rank_0(draw)
+
+
+# same as simsiam.py
+def write_file(path: str, write) -> None:
+    """write(file), waits for the disk, then renames: the file at path is never half written."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
+
+
+# same as simsiam.py
+def write_encoder(encoder: nn.Module, args) -> None:
+    """encoder.pt, the weights with torchvision's or timm's names, and what they are for beside it."""
+    weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
+    about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
+    path = os.path.join(args.out, "encoder")
+    write_file(path + ".pt", lambda file: torch.save(weights, file))
+    write_file(path + ".json", lambda file: file.write(json.dumps(about).encode()))
+
+
+# same as simsiam.py
+def load_file(path: str, device="cpu"):
+    """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path} (several hosts need a disk that all see)") from None
+    except Exception as error:  # torch.load has no error class of its own
+        raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
+                        f"values ({type(error).__name__})") from None
+
+
+def read_official(file: dict) -> tuple[dict, dict]:
+    raise UserError("this is another method's official checkpoint; SimCLR's are TensorFlow's, which are "
+                    "not read: --init takes last.pt or encoder.pt of a run")
+
+
+# same as simsiam.py
+def read_init(args) -> SimpleNamespace:
+    """--init as a state dict with our names, of the whole model or the encoder, and its digest.
+
+    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt, for
+    which encoder.json does if it lies beside; and the authors' checkpoints (pre-training, linear).
+    """
+    file, settings = load_file(args.init), {}
+    try:
+        if "config" in file:
+            state, settings = file["model"], file["config"]
+        elif "arch" in file:
+            state, settings = read_official(file)
+        else:
+            state = {f"encoder.{name}": x for name, x in file.items()}
+            if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
+                try:
+                    with open(about) as text:
+                        settings = {**json.load(text)}
+                except (OSError, ValueError, TypeError):
+                    raise UserError(f"{about}, beside --init, is no encoder.json of ours") from None
+        settings = {name: settings[name] for name in ENCODER if name in settings}
+        digest = hashlib.sha256()
+        for name in sorted(state):
+            digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
+                        "official checkpoint") from None
+    if settings.get("arch", args.arch) not in CHOICES["arch"]:
+        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does not "
+                        "build")
+    for name, value in settings.items():
+        given = args.given.get(name, value)
+        if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
+            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
+                            "the flag out")
+        setattr(args, name, value)
+    return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
+
+
+# same as simsiam.py
+def load_initial(model: nn.Module, args) -> None:
+    """Loads --init strictly: all of it if the stage is pretrain and the file has heads."""
+    state = args.initial.state
+    if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
+        model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
+        state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        if not state:
+            raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
+    own = model.state_dict()
+    wrong = [f"no {name}" for name in own.keys() - state.keys()]
+    wrong += [f"unknown {name}" for name in state.keys() - own.keys()]
+    wrong += [f"{name} of shape {[*state[name].shape]} for {[*own[name].shape]}"
+              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width {args.width:g} and "
+                        f"the other settings: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # what a module itself finds wrong with its weights
+        raise UserError(f"--init {args.init}: {str(error).splitlines()[-1].strip()}") from None
+
+
+# -------------------------------------------------------------------------------------------- loop
+
+# same as simsiam.py
+STOP = threading.Event()  # set by SIGTERM (SLURM, spot machines) and Ctrl-C: save and end
+
+
+# same as simsiam.py
+@contextlib.contextmanager
+def signals_caught():
+    """Within, SIGTERM and the first Ctrl-C set STOP; a second Ctrl-C means it."""
+    def catch(number, frame):
+        STOP.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    STOP.clear()
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# same as simsiam.py
+@signals_caught()
+def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
+        views: int) -> bool:
+    """The loop of every stage that trains; returns whether the run came to its end now.
+
+    step_function(batch, epoch) -> loss [] and what the monitor wants; monitor(that) and
+    evaluate(epoch) -> numbers for the log, the latter before the first and after each epoch. Steps
+    count from 0 over the whole run.
+    """
+    per_epoch = len(data.train) // args.batch_size  # what is left over in an epoch is dropped
+    total = args.epochs * per_epoch
+    stop = max(run.start, min(total, args.steps or total))
+    evaluated = False
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        if run.state["finished"]:
+            say(f"{args.out} is finished; --fresh starts over")
+            return False
+        evaluated, run.state = run.state["evaluated"], None  # frees the memory
+    model.train()
+    began = saved = mark = time.time()  # mark: when the interval since the last log line began
+    waited, first, losses = 0.0, run.start, torch.zeros((), device=args.device)
+
+    def save(step, evaluated=False):
+        keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
+        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
+                 finished=evaluated and step == total)
+
+    def evaluate_at(step):
+        if record := evaluate(step // per_epoch):
+            run.log(epoch=step // per_epoch, step=step, **record)
+            say(f"epoch {step // per_epoch}/{args.epochs}  "
+                + "  ".join(f"{name} {100 * value:.1f} %" for name, value in record.items()))
+
+    if run.start % per_epoch == 0 and not evaluated:
+        evaluate_at(run.start)
+        mark = time.time()
+    stream = batches(args, data.train, run.start, stop, views)
+    for step in range(run.start, stop):
+        now = time.time()
+        batch = next(stream)
+        waited += time.time() - now
+        loss, seen = step_function(batch, step / per_epoch)
+        losses += loss
+        # On the CPU, so that no GPU is waited for; summed, so that all processes take one turn.
+        stopping, bad, saving = sum_over_processes(torch.tensor(
+            [STOP.is_set(), (batch.wanted != batch.shown).sum(),
+             rank() == 0 and time.time() - saved > 60 * args.save_every])).tolist()
+        if bad:
+            report_unreadable(data.train, batch.wanted, batch.shown)
+        ended = (step + 1) % per_epoch == 0
+        saving = saving or stopping or ended or step + 1 == stop
+        if saving or step % args.log_every == 0:
+            loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
+            norms = torch.stack(torch._foreach_norm([*model.parameters()]))
+            if not (losses.isfinite() and norms.isfinite().all()):
+                raise UserError(f"loss or weights stopped being finite in the steps {first} to {step}; "
+                                f"{run.path('last.pt')} is from before, if there is one: try a lower "
+                                "--base-lr, or --precision fp32")
+            count, seconds = step + 1 - first, time.time() - mark
+            record = dict(
+                epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
+                lr=optimizer.param_groups[0]["lr"], **monitor(seen),
+                images_per_s=round(count * args.batch_size / seconds, 1),
+                data_wait=round(waited / seconds, 4), memory_gb=round(peak_memory(args.device), 3),
+                seconds=round(time.time() - began, 1))
+            run.log(**record)
+            left = int((total - step - 1) * seconds / count)
+            say("  ".join(f"{name} {value:.4g}" for name, value in record.items())
+                + f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+            if ended and waited > 0.3 * seconds and data.train.pixels is None:
+                say("a third of the time went by waiting for images: give more --workers")
+            waited, first, losses, mark = 0.0, step + 1, torch.zeros_like(loss), time.time()
+        if saving:
+            save(step + 1)
+            saved = time.time()
+        if stopping:
+            say(f"stopped and saved after step {step}; the same command goes on")
+            return False
+        if ended:
+            evaluate_at(step + 1)
+            mark = time.time()
+    save(stop, evaluated=stop % per_epoch == 0)
+    say(f"finished: {args.out}" if stop == total else f"paused at step {stop} of {total}")
+    return stop == total
+
+
+# same as simsiam.py
+def peak_memory(device: torch.device) -> float:
+    """In GB: the GPU's, or else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ------------------------------------------------------------------------- linear evaluation, embed
+
+
+# same as byol.py
+def labelled(images: Images, args) -> Images:
+    """The images whose labels --labels gives away: the same share of each class, drawn by the seed,
+    or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
+    try:
+        share = float(args.labels)
+    except ValueError:
+        share = None
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"--labels {args.labels} makes no sense: a share above 0, at most 1")
+    if share == 1:
+        return images
+    if share:
+        order = torch.randperm(len(images), generator=generator(args.seed, "labels"))
+        parts = [order[images.labels[order] == k] for k in images.labels.unique()]
+        # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
+        picked = torch.cat([part[:max(1, round(share * len(part)))] for part in parts]).sort()[0]
+    else:
+        try:
+            with open(args.labels, "rb") as file:
+                lines = [os.fsdecode(line) for line in map(bytes.strip, file) if line]
+        except (OSError, ValueError):
+            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file that "
+                            "lists images") from None
+        places = {}  # of a name, and of a name without its folders: those of all such images
+        for i, name in enumerate(map(os.fsdecode, images.names)):
+            for known in {name, os.path.basename(name)}:
+                places.setdefault(known, []).append(i)
+        wrong = [f"{line}, which is {'not' if line not in places else 'more than once'} among the "
+                 "training images" for line in lines if len(places.get(line, ())) != 1]
+        if wrong or not lines:
+            raise UserError(f"--labels {args.labels} lists "
+                            + (f"{wrong[0]} ({len(wrong)} such lines)" if wrong else "no image"))
+        picked = torch.tensor([*dict.fromkeys(places[line][0] for line in lines)])
+    if args.batch_size > len(picked):
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(picked)} images of "
+                        f"--labels {args.labels}")
+    pixels = None if images.pixels is None else images.pixels[picked.to(images.pixels.device)]
+    return replace(images, names=images.names[picked.numpy()], labels=images.labels[picked],
+                   pixels=pixels, total=len(picked))
+
+
+# same as byol.py
+def write_labels(run: Run, images: Images) -> None:
+    """labels.txt: the images whose labels were used, as --labels reads them."""
+    lines = b"".join(os.fsencode(name) + b"\n" for name in images.names)
+    try:
+        write_file(run.path("labels.txt"), lambda file: file.write(lines))
+    except OSError as error:
+        raise UserError(f"could not write {run.path('labels.txt')}: {error}") from None
+
+
+# same as simsiam.py
+def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Tensor:
+    """One step on labelled images: cross-entropy on a crop of each, in --accumulate parts -> []."""
+    x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+    labels = images.labels[batch.shown].to(args.device)
+    optimizer.zero_grad()
+    loss = torch.zeros((), device=args.device, dtype=args.dtype)
+    for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
+        with autocast(args):
+            logits = net(x)
+        part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
+        part.backward()
+        loss += part.detach()
+    optimizer.step()
+    return loss
+
+
+def say_schedule(args, images: int) -> None:
+    steps, rule = args.epochs * (images // args.batch_size), {
+        "sqrt": f"sqrt({args.batch_size})", "linear": f"{args.batch_size} / 256"}[args.lr_rule]
+    say(f"{args.optimizer}, lr {args.base_lr:g} x {rule} = {peak_lr(args):.4g}, {steps} steps (the authors' "
+        f"code: {official_steps(images, args.epochs, args.batch_size)}, for its batches run on across "
+        "epochs)")
+
+
+def kept_layers(args, feature_dim: int) -> list[nn.Module]:
+    """The head's first --from-layer layers, with the weights that --init has; new ones without it."""
+    head = [*projection_head(feature_dim, args.head_layers, args.dim)][:args.from_layer]
+    if not args.initial:
+        return head
+    there = len({name.split(".")[1] for name in args.initial.state if name.startswith("projector.")})
+    if there < args.from_layer:
+        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds "
+                        + (f"{there} layers of the head" if there else "the encoder alone: give the "
+                           "run's last.pt, or --from-layer 0"))
+    for i, layer in enumerate(head):
+        prefix = f"projector.{i}."
+        try:
+            layer.load_state_dict({name.removeprefix(prefix): x for name, x in args.initial.state.items()
+                                   if name.startswith(prefix)})
+        except RuntimeError as error:
+            raise UserError(f"--init {args.init}, layer {i + 1} of the head: "
+                            f"{str(error).splitlines()[-1].strip()}") from None
+    return head
+
+
+def read_teacher(args) -> TaskNetwork:
+    """--teacher as a network; what it was built from becomes the student's where no flag says else."""
+    path = os.path.join(args.teacher, "last.pt") if os.path.isdir(args.teacher) else args.teacher
+    file = load_file(path)
+    try:
+        config, state = file["config"], file["model"]
+        settings = SimpleNamespace(**{name: config[name] for name in ENCODER})
+        classes = len(state["fc.bias"])
+        encoder = build_encoder(settings)
+        there = len({name.split(".")[1] for name in state if name.startswith("projector.")})
+        kept = projection_head(encoder.feature_dim, settings.head_layers, settings.dim)[:there]
+        teacher = TaskNetwork(encoder, [*kept], classes)
+        teacher.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+        raise UserError(f"--teacher {path} is no run of finetune, distill or linear of this script"
+                        ) from None
+    if not file["finished"]:
+        say(f"note: {path} is of step {file['step']} of a run that has not ended")
+    for name, value in vars(settings).items():
+        if name in ("image_size", "mean", "std", "small_images") and args.given.get(
+                name, value) not in (value, [*value] if isinstance(value, tuple) else value):
+            raise UserError(f"--{name.replace('_', '-')} {args.given[name]}, but the teacher has {value}: "
+                            "both see the same images; leave the flag out")
+        if name not in args.given:
+            setattr(args, name, value)
+    same = all(getattr(args, name) == getattr(settings, name) for name in ("arch", "width", "sk"))
+    if same and "temperature" not in args.given:
+        args.temperature = 0.1  # self-distillation: v2, Sec. 3.1
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
+    args.teacher_digest = digest.hexdigest()[:8]
+    return teacher
+
+
+def top1(logits: Tensor, images: Images, shown: Tensor) -> float:
+    return (logits.argmax(dim=1).cpu() == images.labels[shown.cpu()]).sum().item() / len(logits)
+
+
+# same as simsiam.py
+def embed(args) -> None:
+    """features.pt: features [n, feature_dim], paths, labels (or None), classes, of every image."""
+    data = load_data(args)
+    model = nn.Module()
+    model.encoder = build_encoder(args)
+    prepare(model, args)
+    rows, paths, labels = [], [], []
+    for images in filter(None, (data.train, data.val)):
+        h, _ = features(model.encoder, images, args)
+        good = [i for i in range(len(images)) if images.path(i) not in images.unreadable]
+        rows.append(h[good].cpu())
+        paths += [images.path(i) for i in good]
+        labels += images.labels[good].tolist() if data.val else []
+    result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
+              "classes": data.classes}
+    path = os.path.join(args.out, "features.pt")
+
+    def write():
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            write_file(path, lambda file: torch.save(result, file))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"could not write {path}: {error}") from None
+
+    on_rank_0(write)
+    say(f"{path}: features {[*result['features'].shape]}")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one stage; returns the exit code: 0, or 2 after one sentence about a user's mistake."""
+    try:
+        args = parse_args(argv)
+        setup(args)
+        {"pretrain": pretrain, "linear": supervise, "finetune": supervise, "distill": distill,
+         "embed": embed}[args.stage](args)
+        return 0
+    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+        if rank() == 0:
+            print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all processes when one ends: let rank 0 speak first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3)
+        return 2
+    finally:
+        if dist.is_initialized():
+            # Gloo's thread lets go of the last collective's tensor, which takes the interpreter's
+            # lock, and destroying holds that lock while it waits for the thread: give it the time.
+            # Without this, one of five runs of two processes hung at its end (torch 2.6).
+            time.sleep(0.2)
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
