@@ -1013,7 +1013,8 @@ def torchvision_data(args, download: bool = False):
     """CIFAR-10, CIFAR-100 or STL-10."""
     stl = args.data == "stl10"
     parts = []
-    for split in ("train", "test", *["train+unlabeled"] * (stl and args.stage == "pretrain")):
+    whole = stl and args.stage in ("pretrain", "distill")
+    for split in ("train", "test", *["train+unlabeled"] * whole):
         how = {"split": split} if stl else {"train": split == "train"}
         try:
             data = getattr(torchvision.datasets, args.data.upper())(
@@ -1632,8 +1633,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def labelled(images: Images, args) -> Images:
-    """The images whose labels --labels gives away: the same share of each class, drawn by the seed,
-    or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
+    """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
+    seed, or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
@@ -1644,9 +1645,12 @@ def labelled(images: Images, args) -> Images:
         return images
     if share:
         order = torch.randperm(len(images), generator=generator(args.seed, "labels"))
-        parts = [order[images.labels[order] == k] for k in images.labels.unique()]
+        parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
-        picked = torch.cat([part[:max(1, round(share * len(part)))] for part in parts]).sort()[0]
+        wanted = max(len(parts), round(share * sum(map(len, parts))))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < wanted % len(parts)
+        picked = torch.cat([part[:wanted // len(parts) + one] for part, one in zip(parts, more)])
+        picked = picked.sort()[0]
     else:
         try:
             with open(args.labels, "rb") as file:

@@ -1065,7 +1065,8 @@ def torchvision_data(args, download: bool = False):
     """CIFAR-10, CIFAR-100 or STL-10."""
     stl = args.data == "stl10"
     parts = []
-    for split in ("train", "test", *["train+unlabeled"] * (stl and args.stage == "pretrain")):
+    whole = stl and args.stage in ("pretrain", "distill")
+    for split in ("train", "test", *["train+unlabeled"] * whole):
         how = {"split": split} if stl else {"train": split == "train"}
         try:
             data = getattr(torchvision.datasets, args.data.upper())(

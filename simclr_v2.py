@@ -12,7 +12,8 @@ know settings and structure; v2's appendices were not at hand: what stands on me
     2. finetune: f_task(x) = W_task * s(BN(W1 * f(x)))    # from the head's first layer on, s: ReLU;
                                             # cross-entropy, 1 % or 10 % of the labels
     3. distill:  L = -sum_y P_T(y | x) log P_S(y | x)     # P = softmax(f_task(x) / tau); x: every
-                                            # image, no labels; teacher T fixed, student S
+                                            # image, no labels; teacher T fixed; student S, which
+                                            # starts at random (recalled) and has no head
 
 `--from-layer k` starts from the output of the head's k-th layer: 0 is the encoder's h, 1 what the
 first linear layer, its batch norm and ReLU make of it (kept, and trained on), the last is z.
@@ -26,20 +27,23 @@ batches run on across epochs, so that it takes a few more steps; both numbers ar
 step's images are a function of seed and step; bfloat16 forward pass on hardware that has it; He
 initialisation (there: truncated normal, 1 / sqrt(fan_in)); torchvision's crops, bilinear, and colour
 operations (there: bicubic, contrast around each channel's mean, saturation in HSV, one sigma of blur
-a batch); symmetric padding of the max-pool (there: TensorFlow's); no projection in the first shortcut
-of ResNet-18 and -34 (there: one); a last batch norm whose bias is fixed at 0 (there: none); in
-fine-tuning a new classifier (there: in TensorFlow 2, by mistake, the online one, which has seen all
-labels) and a kept head layer that is trained (there: in TensorFlow 1, by mistake, not).
+a batch; in v1 brightness by an offset); symmetric padding of the max-pool (there: TensorFlow's); no
+projection in the first shortcut of ResNet-18 and -34 (there: one); a last batch norm whose bias is
+fixed at 0 (there: none); in fine-tuning a new classifier (there, in TensorFlow 2: the online one,
+which has seen all labels) and a kept head layer that is trained (there, in TensorFlow 1: not; of the
+paper's runs it is not known).
+The distillation loss is times tau^2, as in the authors' notebook: at tau 0.1 a hundredth of the
+formula's (--no-tau-squared), which LARS hides from the weights, but not from norms and biases.
 
-The memory (--queue 65536; v2, Sec. 3; about 1 %) is not in their code. Open: whether both views ask
-and enter, the mode of the momentum encoder's batch norms, and how the queue starts. Here: both do; in
-train mode, on its own 2N views; at random. Official checkpoints, TensorFlow's, are not read.
+The memory (--queue 65536, about 1 % better, says v2) is not in their code. Open: whether both views
+ask and enter, the mode of the momentum encoder's batch norms, how the queue starts. Our choice: both
+do; in train mode, on its own 2N views; at random. Official checkpoints, TensorFlow's, are not read.
 
     python simclr_v2.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --arch resnet152 --width 3 --sk
     torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --recipe imagenet-v1   # SimCLR v1
     python simclr_v2.py finetune --init runs/simclr_v2-demo/last.pt --labels 0.01         # stage 2
-    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune                    # stage 3: self-
+    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune   # stage 3: self-distillation
     python simclr_v2.py distill --teacher runs/simclr_v2-demo-distill --width 0.125 --out runs/small
     python simclr_v2.py linear --init runs/simclr_v2-demo/last.pt   # linear evaluation
     python simclr_v2.py embed --init runs/simclr_v2-demo/last.pt --data FOLDER   # features of a folder
@@ -99,9 +103,9 @@ PRETRAIN = {
     "patch_size":         (16, 16, 16, 4, 8),  # of a ViT, pixels
     "heads":              (0,) * 5,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
     "patch_projection":   ("frozen",) * 5,     # of a ViT. arXiv:2104.02057, Sec. 4.2
-    "head_layers":        (3, 2, 3, 3, 3),     # v2, Sec. 3; v1, Sec. 2.1; authors' code. 0: none, z
-    #                    is h; 1: linear (v1, Sec. 4.2)
-    "dim":                (128,) * 5,          # of z. v1, Sec. 2.1
+    "head_layers":        (3, 2, 3, 3, 3),     # both papers'; authors' code. 0: the identity, z is h;
+    #                    1: linear (v1's study)
+    "dim":                (128,) * 5,          # of z. authors' code
     # ---------------- optimisation
     "temperature":        (0.1, 0.1, 0.1, 0.5, 0.1),  # tau. authors' code; v1's: recalled
     "queue":              (0,) * 5,            # that many negatives from earlier batches; v2: 65536
@@ -111,10 +115,10 @@ PRETRAIN = {
     "batch_size":         (4096, 4096, 4096, 512, 64),  # of all processes together. v2, Sec. 3.1
     "lr_rule":            ("sqrt", "linear", "linear", "linear", "sqrt"),  # lr is base_lr times
     #                    sqrt(batch_size) or batch_size / 256. v1, App. B.1; v2: 0.1 * 64 = 6.4
-    "base_lr":            (0.1, 0.3, 2e-4, 1.0, 0.6),  # v1's by sqrt: 0.075
-    "warmup_epochs":      (40.0, 10.0, 40.0, 10.0, 0.5),  # v2: 5 %, an author says
+    "base_lr":            (0.1, 0.3, 2e-4, 1.0, 0.6),  # v2's: an author says so; v1's by sqrt: 0.075
+    "warmup_epochs":      (40.0, 10.0, 40.0, 10.0, 0.5),  # v2's: 5 % of its 800, an author says
     "momentum":           (0.9,) * 5,          # of LARS and SGD
-    "weight_decay":       (1e-4, 1e-6, 0.1, 1e-4, 1e-6),
+    "weight_decay":       (1e-4, 1e-6, 0.1, 1e-4, 1e-6),  # v2's: authors' code; v1's: the paper's text
     "precision":          ("auto",) * 5,       # auto: bf16 where native, else fp32: ours
     # ---------------- augmentation, the same for both views. v1, App. A
     "image_size":         (224, 224, 224, 32, 32),  # pixels
@@ -141,7 +145,7 @@ LINEAR = {  # v1, App. B.5, B.6; CIFAR: authors' code. ViT, demo: our choice
     "warmup_epochs":      (0.0,) * 5,
     "momentum":           (0.9,) * 5,
     "weight_decay":       (0.0,) * 5,          # authors' code: 1e-6; paper: none
-    "crop_min":           (0.08, 0.08, 0.08, 0.08, 1.0),  # in the demo the crops' features differ too much
+    "crop_min":           (0.08, 0.08, 0.08, 0.08, 1.0),  # the demo's crops lose the shape too often
     "precision":          ("auto",) * 5,
 }
 FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.5. For other shares
@@ -151,29 +155,31 @@ FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.
     "optimizer":          ("lars", "sgd", "sgd", "lars", "lars"),
     "lr_rule":            ("sqrt", "linear", "linear", "sqrt", "sqrt"),
     "base_lr":            (0.005, 0.05, 0.05, 0.005, 0.01),  # wide or SK: 0.002 (recalled)
-    "epochs":             (60, 60, 60, 60, 30),
+    "epochs":             (60,) * 5,
     "batch_size":         (1024, 4096, 1024, 64, 20),
     "warmup_epochs":      (0.0,) * 5,
     "momentum":           (0.9,) * 5,
     "weight_decay":       (0.0,) * 5,
-    "crop_min":           PRETRAIN["crop_min"],
+    "crop_min":           LINEAR["crop_min"],
     "precision":          ("auto",) * 5,
 }
-DISTILL = {  # v2, Sec. 3.1: 400 epochs, LARS; lr, decay, batch as in pre-training: recalled
+DISTILL = {  # v2, Sec. 3.1: 400 epochs, LARS; lr, decay, batch as in pre-training: recalled. v1 has no
+             # such stage; its column, ViT's, CIFAR's and the demo's: our choice
     "teacher":            ("",) * 5,           # run folder of a fine-tuned or distilled network
     "temperature":        (1.0,) * 5,          # tau. v2, Sec. 3.1; for self-distillation 0.1
-    "tau_squared":        (False,) * 5,        # times tau^2: authors' code; the paper's formula: not
-    "alpha":              (1.0,) * 5,          # share of distillation; the rest: labels. v2, Eq. (3)
-    "labels":             ("0.01",) * 5,       # which ones, if alpha is below 1
+    "tau_squared":        (True,) * 5,         # loss times tau^2: authors' notebook; see above
+    "alpha":              (1.0,) * 5,          # share of distillation; the rest: labels. recalled
+    "labels":             ("0.01",) * 5,       # which ones, if alpha is below 1: by default those
+    #                    that the teacher was fine-tuned with
     "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),
     "lr_rule":            PRETRAIN["lr_rule"],
-    "base_lr":            PRETRAIN["base_lr"],
+    "base_lr":            (*PRETRAIN["base_lr"][:4], 0.2),
     "epochs":             (400, 400, 300, 400, 5),
     "batch_size":         (4096, 4096, 4096, 512, 100),
     "warmup_epochs":      (20.0, 20.0, 20.0, 20.0, 0.5),
     "momentum":           (0.9,) * 5,
     "weight_decay":       PRETRAIN["weight_decay"],
-    "crop_min":           PRETRAIN["crop_min"],
+    "crop_min":           LINEAR["crop_min"],
     "precision":          ("auto",) * 5,
 }
 TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "finetune": FINETUNE, "distill": DISTILL,
@@ -284,7 +290,7 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 
 
 class TaskNetwork(nn.Module):
-    """f_task (v2, Eq. 2): a new linear classifier on kept layers of the head on the encoder, [B, 3, S,
+    """f_task (v2, Sec. 2): a new linear classifier on kept layers of the head on the encoder, [B, 3, S,
     S] -> logits [B, classes]. frozen: the classifier alone is trained, the rest is in eval mode."""
 
     def __init__(self, encoder: nn.Module, kept: list[nn.Module], classes: int,
@@ -365,7 +371,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     """-sum_y P_T(y | x) log P_S(y | x) at that temperature (v2, Sec. 2): the mean over the images.
 
     Logits [n, classes] -> []. The teacher has no gradient; the least value is its entropy. There is
-    no factor tau^2: see --tau-squared.
+    no factor tau^2 in here: see --tau-squared.
     """
     student, teacher = (
         x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -475,8 +481,8 @@ def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float,
 
 
 def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor | None, epoch: float, args):
-    """One step of stage 3 (v2, Eq. 3): alpha times the distillation loss of all images plus 1 - alpha
-    times the cross-entropy of the labelled ones, both as sums over the batch's n images, by n.
+    """One step of stage 3 (v2, Sec. 2; the mixture: recalled): alpha times the distillation loss of all
+    images plus 1 - alpha times the cross-entropy of the labelled ones, each summed over the batch, by n.
 
     x [n, 3, S, S]: one crop of each image, for teacher and student; labels [n], -1 where unknown.
     Returns, all detached, the loss [] and the logits of student and teacher [n, classes].
@@ -488,7 +494,7 @@ def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor | None, 
         s = student(x)
     s, t = s.to(args.dtype), t.to(args.dtype)
     loss = distillation_loss(s, t, args.temperature)
-    if args.tau_squared:  # which keeps the gradient's size when tau changes
+    if args.tau_squared:
         loss = loss * args.temperature ** 2
     if args.alpha < 1:
         known = F.cross_entropy(s, labels, ignore_index=-1, reduction="sum") / len(labels)
@@ -502,9 +508,13 @@ def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor | None, 
 def pretrain(args) -> None:
     """Stage 1 over the whole data, with its monitors."""
     data = load_data(args)
+    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
+        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
+                        f"image's own would be among its negatives; {args.data} has "
+                        f"{len(data.train)} images")
     model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
                    len(data.classes) if data.val else 0)
-    whole = args.initial and any(name.startswith("projector.") for name in args.initial.state)
+    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
     if whole:  # all but the online classifier, which always starts anew
         state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
         args.initial.state = state | {n: x for n, x in model.state_dict().items()
@@ -530,13 +540,16 @@ def pretrain(args) -> None:
     def monitor(seen):
         z1, z2, logits, labels = seen
         guess, positive = contrast_logits(z1, z2, 1.0)
-        right = [(guess.argmax(dim=1) == positive).sum()]  # the positive is the nearest candidate
+        # Of how many anchors the positive is the nearest candidate, and of how many views with a
+        # known label the online classifier is right.
+        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
         if logits is not None:
-            right.append((logits.argmax(dim=1) == labels.repeat(2)).sum())
-        right = sum_over_processes(torch.stack(right).double().cpu()) / (2 * args.batch_size)
+            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
+        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
+        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
         z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
         return {"std": feature_std(z), "rank": effective_rank(z),
-                **dict(zip(("contrast_top1", "online_train_top1"), right.tolist()))}
+                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
 
     @torch.no_grad()
     def evaluate(epoch):
@@ -550,15 +563,24 @@ def pretrain(args) -> None:
     fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
 
 
+def whole_encoder(args) -> nn.Module:
+    """For the later stages, which train all of it: a ViT's patch projection too, whose freezing is a
+    remedy for pre-training."""
+    encoder = build_encoder(args)
+    if args.arch.startswith("vit"):
+        encoder.patch_embed.proj.requires_grad_(True)
+    return encoder
+
+
 def supervise(args) -> None:
     """Stage 2, and linear evaluation: crops and flips, cross-entropy, cosine decay per step."""
     data = load_data(args, labels=True)
-    whole = len(data.train)
+    images = len(data.train)
     data.train = everywhere(lambda: labelled(data.train, args))
     data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
     if args.stage == "finetune":
-        published(args, len(data.train) / whole)  # known before unless --labels is a file
-    encoder = build_encoder(args)
+        published(args, len(data.train) / images)
+    encoder = whole_encoder(args)
     kept = everywhere(lambda: kept_layers(args, encoder.feature_dim))
     frozen = args.stage == "linear"
     model = TaskNetwork(encoder, kept, len(data.classes), frozen)
@@ -596,26 +618,30 @@ def distill(args) -> None:
     """Stage 3: every image, labels ignored unless alpha is below 1; crops and flips alone."""
     teacher = everywhere(lambda: read_teacher(args))
     check(args)  # once more, for the student's architecture may be the teacher's
-    data = load_data(args, labels=args.alpha < 1)
+    data, listed = load_data(args, labels=args.alpha < 1), None
     classes = teacher.fc.out_features
     if data.val and len(data.classes) != classes:
         raise UserError(f"--teacher {args.teacher} knows {classes} classes, and {args.data} has "
                         f"{len(data.classes)}")
     known = torch.full([len(data.train)], -1)
     if args.alpha < 1:
-        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # fewer labels than a batch will do
-        names = everywhere(lambda: labelled(data.train, some)).names
-        known = torch.where(torch.from_numpy(np.isin(data.train.names, names)), data.train.labels, known)
+        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # they may be fewer than a batch
+        listed = everywhere(lambda: labelled(data.train, some))
+        isin = torch.from_numpy(np.isin(data.train.names, listed.names))
+        known = torch.where(isin, data.train.labels, known)
         data.digest += f"-{hashlib.sha256(known.numpy().tobytes()).hexdigest()[:8]}"
     data.digest += f"-{args.teacher_digest}"
-    student = TaskNetwork(build_encoder(args), [], classes)
-    nn.init.normal_(student.fc.weight, std=0.01)  # authors' notebook
+    student = TaskNetwork(whole_encoder(args), [], classes)
+    nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; 0 is for fine-tuning
     net = prepare(student, args)
     teacher.to(args.device, args.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
     optimizer = build_optimizer(student, args)
     run = Run(args, data)
+    if listed is not None:
+        on_rank_0(lambda: write_labels(run, listed))
     say(f"{args.arch} {args.width:g}x{' SK' * args.sk} learns from {args.teacher} at temperature "
-        f"{args.temperature:g}" + (", times its square" if args.tau_squared else ""))
+        f"{args.temperature:g}, {len(data.train)} images, "
+        f"{0 if listed is None else len(listed)} of them labelled")
     say_schedule(args, len(data.train))
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
 
@@ -628,7 +654,7 @@ def distill(args) -> None:
     def monitor(seen):
         s, t = seen
         agree = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
-        entropy = distillation_loss(t, t, args.temperature)  # what the loss cannot fall below
+        entropy = args.alpha * distillation_loss(t, t, args.temperature)  # the loss is no less
         entropy = entropy * (args.temperature ** 2 if args.tau_squared else 1)
         values = sum_over_processes(torch.stack([entropy, agree]).cpu()) / world_size()
         return dict(zip(("floor", "agree"), values.tolist()))
@@ -781,12 +807,14 @@ def check(args) -> None:
         return
     column = RECIPE_NAMES.index(args.recipe)
     if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
-        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, 1e-4 for "
-                        "adamw, 0.05 for sgd, by --lr-rule linear")
+        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, 1e-4 "
+                        "for adamw, 0.05 for sgd, by --lr-rule linear")
     if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
+        names = ("optimizer", "base_lr", "lr_rule", "weight_decay")
+        values = (TABLES[args.stage][name][RECIPE_NAMES.index("imagenet-vit")] for name in names)
         raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
-                        f"{args.arch}: give --optimizer adamw --base-lr 2e-4 --lr-rule linear "
-                        "--weight-decay 0.1, as --recipe imagenet-vit has it")
+                        f"{args.arch}: give --optimizer {{}} --base-lr {{}} --lr-rule {{}} "
+                        "--weight-decay {}, as --recipe imagenet-vit has it".format(*values))
     if args.stage == "pretrain":
         if args.queue % (2 * args.batch_size):
             raise UserError(f"{flag['queue']} takes both views of whole batches: a multiple of "
@@ -796,18 +824,20 @@ def check(args) -> None:
     elif args.stage == "distill":
         if not args.teacher:
             raise UserError("distill needs --teacher: the folder of a fine-tuned or distilled run")
+        if args.init:
+            raise UserError("--init has no place in distill, whose student starts at random: leave it "
+                            "out")
         if args.alpha > 1:
             raise UserError(f"{flag['alpha']} makes no sense: a share above 0, at most 1")
         unused = {"labels": args.alpha == 1, "momentum": args.optimizer == "adamw",
                   "head_layers": True, "dim": True}
     else:
-        if "from_layer" not in given and not args.init:
-            args.from_layer = 0  # there is no head to keep
+        if "from_layer" not in given:  # without --init there is no head to keep; z is a poor choice
+            args.from_layer = min(args.from_layer, max(0, args.head_layers - 1)) if args.init else 0
         if args.stage == "finetune":
             if (args.width > 1 or args.sk) and "base_lr" not in given and args.recipe == "imagenet":
                 args.base_lr = 0.002  # recalled: 0.064 in place of 0.16 at batch 1024
-            with contextlib.suppress(ValueError):  # a file's share is known when it has been read
-                published(args, float(args.labels))
+            published(args)
         if args.from_layer > args.head_layers:
             raise UserError(f"{flag['from_layer']}, but the head has {args.head_layers} layers")
         unused = {"momentum": args.optimizer == "adamw"}
@@ -823,11 +853,19 @@ def check(args) -> None:
         raise UserError(f"--arch {args.arch}{' --sk' * args.sk}: {error}") from None
 
 
-def published(args, share: float) -> None:
+def published(args, listed: float | None = None) -> None:
     """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and from
-    the encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest."""
+    the encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest.
+    listed: the share that a file lists, once it has been read."""
+    try:
+        share = float(args.labels)
+    except ValueError:
+        if (share := listed) is None:
+            return
     if share > 0.03 and "epochs" not in args.given:
         args.epochs = FINETUNE["epochs"][RECIPE_NAMES.index(args.recipe)] // 2
+        if args.warmup_epochs >= args.epochs:
+            raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
     if share > 0.3 and "from_layer" not in args.given:
         args.from_layer = 0
 
@@ -1239,7 +1277,8 @@ def torchvision_data(args, download: bool = False):
     """CIFAR-10, CIFAR-100 or STL-10."""
     stl = args.data == "stl10"
     parts = []
-    for split in ("train", "test", *["train+unlabeled"] * (stl and args.stage == "pretrain")):
+    whole = stl and args.stage in ("pretrain", "distill")
+    for split in ("train", "test", *["train+unlabeled"] * whole):
         how = {"split": split} if stl else {"train": split == "train"}
         try:
             data = getattr(torchvision.datasets, args.data.upper())(
@@ -1859,8 +1898,8 @@ def peak_memory(device: torch.device) -> float:
 
 # same as byol.py
 def labelled(images: Images, args) -> Images:
-    """The images whose labels --labels gives away: the same share of each class, drawn by the seed,
-    or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
+    """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
+    seed, or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
@@ -1871,9 +1910,12 @@ def labelled(images: Images, args) -> Images:
         return images
     if share:
         order = torch.randperm(len(images), generator=generator(args.seed, "labels"))
-        parts = [order[images.labels[order] == k] for k in images.labels.unique()]
+        parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
-        picked = torch.cat([part[:max(1, round(share * len(part)))] for part in parts]).sort()[0]
+        wanted = max(len(parts), round(share * sum(map(len, parts))))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < wanted % len(parts)
+        picked = torch.cat([part[:wanted // len(parts) + one] for part, one in zip(parts, more)])
+        picked = picked.sort()[0]
     else:
         try:
             with open(args.labels, "rb") as file:
@@ -1929,9 +1971,9 @@ def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Te
 def say_schedule(args, images: int) -> None:
     steps, rule = args.epochs * (images // args.batch_size), {
         "sqrt": f"sqrt({args.batch_size})", "linear": f"{args.batch_size} / 256"}[args.lr_rule]
-    say(f"{args.optimizer}, lr {args.base_lr:g} x {rule} = {peak_lr(args):.4g}, {steps} steps (the authors' "
-        f"code: {official_steps(images, args.epochs, args.batch_size)}, for its batches run on across "
-        "epochs)")
+    say(f"{args.optimizer}, lr {args.base_lr:g} x {rule} = {peak_lr(args):.4g}, {steps} steps (the "
+        f"authors' code: {official_steps(images, args.epochs, args.batch_size)}, for its batches run on "
+        "across epochs)")
 
 
 def kept_layers(args, feature_dim: int) -> list[nn.Module]:
@@ -1941,14 +1983,13 @@ def kept_layers(args, feature_dim: int) -> list[nn.Module]:
         return head
     there = len({name.split(".")[1] for name in args.initial.state if name.startswith("projector.")})
     if there < args.from_layer:
-        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds "
-                        + (f"{there} layers of the head" if there else "the encoder alone: give the "
-                           "run's last.pt, or --from-layer 0"))
+        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds {there} layers of the "
+                        "head: give last.pt of the pre-training, or a smaller --from-layer")
     for i, layer in enumerate(head):
         prefix = f"projector.{i}."
         try:
-            layer.load_state_dict({name.removeprefix(prefix): x for name, x in args.initial.state.items()
-                                   if name.startswith(prefix)})
+            layer.load_state_dict({name.removeprefix(prefix): x for name, x
+                                   in args.initial.state.items() if name.startswith(prefix)})
         except RuntimeError as error:
             raise UserError(f"--init {args.init}, layer {i + 1} of the head: "
                             f"{str(error).splitlines()[-1].strip()}") from None
@@ -1976,10 +2017,20 @@ def read_teacher(args) -> TaskNetwork:
     for name, value in vars(settings).items():
         if name in ("image_size", "mean", "std", "small_images") and args.given.get(
                 name, value) not in (value, [*value] if isinstance(value, tuple) else value):
-            raise UserError(f"--{name.replace('_', '-')} {args.given[name]}, but the teacher has {value}: "
-                            "both see the same images; leave the flag out")
-        if name not in args.given:
-            setattr(args, name, value)
+            raise UserError(f"--{name.replace('_', '-')} {args.given[name]}, but the teacher has "
+                            f"{value}: both see the same images; leave the flag out")
+    taken = {name: value for name, value in vars(settings).items() if name not in args.given}
+    if args.given.get("arch", settings.arch) != settings.arch:  # of another network: the recipe's
+        taken = {name: value for name, value in taken.items()
+                 if name not in ("width", "sk", "patch_size", "heads", "patch_projection")}
+        args.heads = args.given.get("heads", 0)
+    vars(args).update(taken)
+    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
+        args.recipe = fitting[0]  # as setup does for --init
+        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
+                          in DISTILL.items() if name not in args.given)
+    if "labels" not in args.given and config["stage"] == "finetune":
+        args.labels = config["labels"]
     same = all(getattr(args, name) == getattr(settings, name) for name in ("arch", "width", "sk"))
     if same and "temperature" not in args.given:
         args.temperature = 0.1  # self-distillation: v2, Sec. 3.1

@@ -1207,7 +1207,7 @@ FINETUNED = {  # 4.4
     "imagenet-v1": dict(lr_rule="linear", base_lr=0.05, batch_size=4096, momentum=0.9, weight_decay=0,
                         crop_min=0.08, from_layer=0)}
 DISTILLED = {  # 4.5: as in pre-training; 1.5: no tau squared, all images without their labels
-    "imagenet": dict(temperature=1, tau_squared=False, alpha=1, optimizer="lars", lr_rule="sqrt",
+    "imagenet": dict(temperature=1, tau_squared=True, alpha=1, optimizer="lars", lr_rule="sqrt",
                      base_lr=0.1, epochs=400, batch_size=4096, warmup_epochs=20, momentum=0.9,
                      weight_decay=1e-4, crop_min=0.08)}
 STAGES = {"": ("PRETRAIN", PRETRAIN), "linear --init none": ("LINEAR", LINEAR),
