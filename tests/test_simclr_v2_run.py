@@ -317,8 +317,9 @@ def test_the_largest_network_trains_one_step_on_a_cpu(capsys):
     before = {name: p.detach().norm().item() for name, p in model.named_parameters()}
     loss = simclr_v2.train_step(model, optimizer, torch.rand(4, 3, 64, 64), None, 40.0, args)[0]
     assert loss.isfinite()
-    moved = [name for name, p in model.named_parameters() if p.norm().item() != before[name]]
-    assert len(moved) > 0.9 * len(before)  # behind a last batch norm of 0 weights have no gradient yet
+    moved = {name for name, p in model.named_parameters() if p.norm().item() != before[name]}
+    # The rest of a block has no gradient as long as its last batch norm's weight is 0.
+    assert {name for name in before if name.endswith(("bn3.weight", ".0.weight"))} <= moved
     with capsys.disabled():
         print(f"\n{count / 1e6:.0f} M parameters, two images of 64 px: {time.time() - began:.0f} s, peak "
               f"memory {simclr_v2.peak_memory(args.device):.1f} GB")
