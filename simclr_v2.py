@@ -227,10 +227,9 @@ def projection_head(in_dim: int, layers: int, dim: int) -> nn.Sequential:
     """g: [B, in_dim] -> [B, dim], in so many layers, each linear, batch norm, ReLU and as wide as its
     input; the last without ReLU, and its batch norm without bias (authors' code). None: g(h) = h."""
     head = nn.Sequential()
-    for i in range(1, layers + 1):
-        last = i == layers
-        linear, norm = nn.Linear(in_dim, dim if last else in_dim, bias=False), nn.BatchNorm1d(
-            dim if last else in_dim)
+    for last in [False] * (layers - 1) + [True] * (layers > 0):
+        out_dim = dim if last else in_dim
+        linear, norm = nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim)
         nn.init.normal_(linear.weight, std=0.01)  # authors' code
         norm.bias.requires_grad_(not last)
         head.append(nn.Sequential(linear, norm, *([] if last else [nn.ReLU(inplace=True)])))
@@ -532,8 +531,7 @@ def pretrain(args) -> None:
     def step(batch, epoch):
         x = augment(batch.crops, batch.colours, args)
         labels = data.train.labels[batch.shown].to(args.device) if model.online else None
-        loss, z1, z2, logits = train_step(net, optimizer, x.contiguous(
-            memory_format=torch.channels_last), labels, epoch, args)
+        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
         return loss, (z1, z2, logits, labels)
 
     @torch.no_grad()

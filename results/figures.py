@@ -103,8 +103,80 @@ def byol_training() -> None:
     save(figure, "byol-cifar10-jpeg.png")
 
 
+STUDY = HERE / "dcl-study"
+LOSSES = {"infonce": ("InfoNCE", "tab:red"), "dcl": ("DCL", "tab:blue"), "dclw": ("DCLW", "tab:green")}
+BATCHES = (16, 64, 256)
+
+
+def study_values(loss: str, batch: int, name: str) -> list[float]:
+    """The last value of a quantity in the runs of each seed."""
+    return [curve(f"dcl-study/{path.name}", name)[1][-1]
+            for path in sorted(STUDY.glob(f"{loss}-{batch}-*.jsonl"))]
+
+
+def spread(values: list[float], scale: float = 1, digits: int = 1) -> str:
+    """Mean and standard deviation over seeds, as the table has them."""
+    mean = sum(values) / len(values)
+    std = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
+    return f"{scale * mean:.{digits}f} ± {scale * std:.{digits}f}"
+
+
+def dcl_table() -> str:
+    """The study in Markdown: kNN in %, and q_B's mean and coefficient of variation at the end."""
+    rows = ["| loss | batch | kNN, % (seeds) | q_B, mean | q_B, std / mean |", "|---|---|---|---|---|"]
+    for batch in BATCHES:
+        for loss in LOSSES:
+            if knn := study_values(loss, batch, "knn"):
+                rows.append(f"| {LOSSES[loss][0]} | {batch} | {spread(knn, 100)} ({len(knn)}) | "
+                            f"{spread(study_values(loss, batch, 'q_mean'), 1, 2)} | "
+                            f"{spread(study_values(loss, batch, 'q_cv'), 1, 2)} |")
+    return "\n".join(rows) + "\n"
+
+
+def dcl_study() -> None:
+    """DCL: kNN against batch size; q_B's distribution, mean and variation; and one checkpoint of each
+    loss asked at many batch sizes, which separates counting from training."""
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4))
+    for loss, (label, colour) in LOSSES.items():
+        points = [(batch, values) for batch in BATCHES if (values := study_values(loss, batch, "knn"))]
+        for batch, values in points:
+            axes[0].plot([batch] * len(values), [100 * v for v in values], ".", color=colour, alpha=0.5)
+        axes[0].plot([batch for batch, _ in points], [100 * sum(v) / len(v) for _, v in points], "o-",
+                     color=colour, label=label)
+    for batch, colour in zip(BATCHES, ("tab:orange", "tab:olive", "tab:cyan")):
+        for loss, style in (("infonce", "-"), ("dcl", "--")):
+            logs = [[json.loads(line) for line in path.read_text().splitlines()]
+                    for path in STUDY.glob(f"{loss}-{batch}-*.jsonl")]
+            counts = [sum(column) for column in zip(*(
+                line["q_histogram"] for log in logs for line in log if line.get("share") == 1.0))]
+            axes[1].stairs([50 * count / sum(counts) for count in counts], [i / 50 for i in range(51)],
+                           color=colour, linestyle=style, label=f"{LOSSES[loss][0]}, {batch}")
+    for axis, kind in ((axes[2], ""), (axes[3], "ask-")):
+        for loss in ("infonce", "dcl"):
+            batches = BATCHES if not kind else tuple(2**k for k in range(4, 11))
+            for name, style in (("q_mean", "o-"), ("q_cv", "s--")):
+                values = [[curve(f"dcl-study/{path.name}", name)[1][-1]
+                           for path in STUDY.glob(f"{kind}{loss}-{batch}{'' if kind else '-*'}.jsonl")]
+                          for batch in batches]
+                axis.plot(batches, [sum(v) / len(v) for v in values], style, color=LOSSES[loss][1],
+                          label=f"{LOSSES[loss][0]}, {'mean' if name == 'q_mean' else 'std / mean'}")
+    titles = ("kNN, % (dots: seeds)", "density of q_B, last 4096 anchors or more of a run",
+              "q_B at the end of training", "one checkpoint (batch 64), asked at many batch sizes")
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=8)
+    for axis in (axes[0], axes[2], axes[3]):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("batch size")
+    axes[1].set_xlabel("q_B")
+    figure.tight_layout()
+    save(figure, "dcl-study.png")
+
+
 if __name__ == "__main__":
     stability()
     training()
     collapse()
     byol_training()
+    dcl_study()
+    print(dcl_table())

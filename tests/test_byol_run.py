@@ -166,6 +166,19 @@ def test_a_share_of_the_labels_is_the_same_of_every_class_and_of_every_run(class
     assert len(labelled(classes, 0.01)) == 3 and len(labelled(classes, 1.0)) == 48  # 1 at least
 
 
+def test_what_the_classes_do_not_share_evenly_goes_to_some_of_them(classes):  # as in SimCLR's lists
+    counts = [labelled(classes, 0.27, "--seed", str(seed)).labels.bincount().tolist() for seed in range(9)]
+    assert all(sorted(count) == [4, 4, 5] for count in counts)  # 13 of 48
+    assert len({count.index(5) for count in counts}) > 1
+
+
+def test_large_and_small_classes_give_as_many(tmp_path):
+    for name, n in (("a", 3), ("b", 9)):
+        write_images(tmp_path / "train" / name, n, size=(16, 16), kind="png")
+        write_images(tmp_path / "val" / name, 1, size=(16, 16), kind="png")
+    assert labelled(tmp_path, 0.5).labels.tolist() == [0] * 3 + [1] * 3
+
+
 def test_pixels_names_and_labels_stay_together(classes):
     whole, some = labelled(classes, "1"), labelled(classes, 0.25)
     place = {name: i for i, name in enumerate(whole.names)}

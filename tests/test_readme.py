@@ -1,10 +1,12 @@
 """README promises nothing that no log has, and shows no command that does not parse."""
 
+import functools
 import importlib
 import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_copies import SCRIPTS
@@ -12,7 +14,7 @@ from test_copies import SCRIPTS
 METHODS = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS
            if (ROOT / name).exists()}
 README = (ROOT / "README.md").read_text()
-LOGS = sorted((ROOT / "results").glob("*.jsonl"))
+LOGS = sorted((ROOT / "results").rglob("*.jsonl"))
 
 
 def lines(log):
@@ -40,7 +42,37 @@ def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
     for name in args.fields:  # a recipe that has changed since needs a new run
         value = getattr(args, name)
         assert first["config"][name] == (list(value) if isinstance(value, tuple) else value), name
-    assert log.name in README
+    folder = log.parent.relative_to(ROOT)
+    assert log.name in README or str(folder) != "results" and str(folder) in README
+
+
+def test_the_study_of_batch_sizes_is_its_logs_mean_and_spread_over_seeds():
+    rows = re.findall(r"^\| (InfoNCE|DCL|DCLW) \| (\d+) \| (\S+) ± (\S+) \((\d)\) \| (\S+) ± (\S+) \| "
+                      r"(\S+) ± (\S+) \|$", README, re.M)
+    assert len(rows) == 7
+    for loss, batch, knn, knn_std, seeds, *q in rows:
+        runs = [lines(log) for log in sorted((ROOT / "results" / "dcl-study").glob(
+            f"{loss.lower()}-{batch}-*.jsonl"))]
+        assert len(runs) == int(seeds) and {run[0]["config"]["seed"] for run in runs} == {0, 1, 2}
+        for name, scale, digits, found in (("knn", 100, 1, [knn, knn_std]), ("q_mean", 1, 2, q[:2]),
+                                           ("q_cv", 1, 2, q[2:])):
+            values = [[line[name] for line in run if name in line][-1] for run in runs]
+            assert found == [f"{scale * f(values):.{digits}f}" for f in (np.mean, functools.partial(
+                np.std, ddof=1))], (loss, batch, name)
+
+
+def test_the_commands_of_the_study_are_those_of_its_logs():
+    text = (ROOT / "results" / "dcl_study.sh").read_text()
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.M):
+        text = re.sub(rf"\${name}\b", lambda match, value=value: value, text)
+    text = re.sub(r"\$\{DATA[^}]*\}", "/tmp/data/cifar10-10k", text)
+    listed = {command.rsplit("/", 1)[1]: shlex.split(command)[1:] for command in re.findall(
+        r"^python (?!results).*$", text, re.M)}
+    logs = {log.stem: shlex.split(lines(log)[0]["command"]) for log in LOGS
+            if log.parent.name == "dcl-study"}
+    assert listed.keys() == logs.keys() and len(logs) == 39
+    for name, words in logs.items():  # the order of the flags is the script's own
+        assert sorted(words) == sorted(listed[name]), name
 
 
 def commands():
