@@ -152,9 +152,9 @@ FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.
               # `published` below changes epochs and from_layer. ViT, CIFAR, demo: our choice
     "labels":             ("0.01",) * 5,
     "from_layer":         (1, 0, 0, 1, 1),
-    "optimizer":          ("lars", "sgd", "sgd", "lars", "lars"),
-    "lr_rule":            ("sqrt", "linear", "linear", "sqrt", "sqrt"),
-    "base_lr":            (0.005, 0.05, 0.05, 0.005, 0.01),  # wide or SK: 0.002 (recalled)
+    "optimizer":          ("lars", "sgd", "sgd", "sgd", "lars"),
+    "lr_rule":            ("sqrt", "linear", "linear", "linear", "sqrt"),
+    "base_lr":            (0.005, 0.05, 0.05, 0.1, 0.01),  # wide or SK: 0.002 (recalled)
     "epochs":             (60,) * 5,
     "batch_size":         (1024, 4096, 1024, 64, 20),
     "warmup_epochs":      (0.0,) * 5,

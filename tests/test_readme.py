@@ -40,6 +40,8 @@ def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
     args = method.parse_args(words)
     method.check(args)  # settles what the flags leave open
     for name in args.fields:  # a recipe that has changed since needs a new run
+        if name == "ema_momentum" and not getattr(args, "queue", 1):
+            continue  # without a queue there is no such encoder
         value = getattr(args, name)
         assert first["config"][name] == (list(value) if isinstance(value, tuple) else value), name
     folder = log.parent.relative_to(ROOT)
