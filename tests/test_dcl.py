@@ -276,6 +276,16 @@ def test_float32_needs_the_self_similarity_dropped_not_subtracted(tau):  # sheet
     assert not abs(wrong - expected) < 1e-3  # nan, too
 
 
+@pytest.mark.parametrize("tau", [0.07, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("n, dim", [(3, 5), (4, 7)])
+def test_dcl_passes_lightlys_cases(n, dim, tau):  # its test_dclloss_matches_reference, which bites
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(n, dim), torch.randn(n, dim)
+    assert dcl_loss(z1, z2, tau).item() == pytest.approx(slow("dcl", z1, z2, tau).item(), rel=1e-5)
+    wrong = slow("dcl", z1, z2, tau, mistake="two logarithms")  # what it shipped for three years
+    assert abs(wrong.item() - slow("dcl", z1, z2, tau).item()) > 0.01
+
+
 def test_parity_with_lightly():
     pytest.importorskip("lightly")
     from importlib.metadata import version
