@@ -560,115 +560,6 @@ def pretrain(args) -> None:
     run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
     fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
 
-
-def whole_encoder(args) -> nn.Module:
-    """For the later stages, which train all of it: a ViT's patch projection too, whose freezing is a
-    remedy for pre-training."""
-    encoder = build_encoder(args)
-    if args.arch.startswith("vit"):
-        encoder.patch_embed.proj.requires_grad_(True)
-    return encoder
-
-
-def supervise(args) -> None:
-    """Stage 2, and linear evaluation: crops and flips, cross-entropy, cosine decay per step."""
-    data = load_data(args, labels=True)
-    images = len(data.train)
-    data.train = everywhere(lambda: labelled(data.train, args))
-    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
-    if args.stage == "finetune":
-        published(args, len(data.train) / images)
-    encoder = whole_encoder(args)
-    kept = everywhere(lambda: kept_layers(args, encoder.feature_dim))
-    frozen = args.stage == "linear"
-    model = TaskNetwork(encoder, kept, len(data.classes), frozen)
-    net = prepare(model, args)
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    on_rank_0(lambda: write_labels(run, data.train))
-    say("protocol: " + ("linear classifier on the frozen network (eval mode)" if frozen else
-                        "classifier and whole network, evaluated every --knn-every epochs")
-        + f", from layer {args.from_layer} of the head, {args.epochs} epochs of {len(data.train)} "
-        f"labelled images, crops and flips; top-1 of the last epoch on {len(data.val)} val images")
-    say_schedule(args, len(data.train))
-    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
-    fixed = []  # a frozen network's features of the val images: taken once
-
-    def step(batch, epoch):
-        set_lr(optimizer, epoch, args)
-        return classify_batch(net, optimizer, batch, data.train, args), None
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        if epoch < args.epochs and not frozen and (not args.knn_every or epoch % args.knn_every):
-            return {}
-        if not frozen:
-            logits, shown = features(model, data.val, args)
-            return {"top1": top1(logits, data.val, shown)}
-        fixed[:] = fixed or features(nn.Sequential(model.encoder, model.projector).eval(), data.val,
-                                     args)
-        return {"top1": top1(model.fc(fixed[0]), data.val, fixed[1])}
-
-    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
-
-
-def distill(args) -> None:
-    """Stage 3: every image, labels ignored unless alpha is below 1; crops and flips alone."""
-    teacher = everywhere(lambda: read_teacher(args))
-    check(args)  # once more, for the student's architecture may be the teacher's
-    data, listed = load_data(args, labels=args.alpha < 1), None
-    classes = teacher.fc.out_features
-    if data.val and len(data.classes) != classes:
-        raise UserError(f"--teacher {args.teacher} knows {classes} classes, and {args.data} has "
-                        f"{len(data.classes)}")
-    known = torch.full([len(data.train)], -1)
-    if args.alpha < 1:
-        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # they may be fewer than a batch
-        listed = everywhere(lambda: labelled(data.train, some))
-        isin = torch.from_numpy(np.isin(data.train.names, listed.names))
-        known = torch.where(isin, data.train.labels, known)
-        data.digest += f"-{hashlib.sha256(known.numpy().tobytes()).hexdigest()[:8]}"
-    data.digest += f"-{args.teacher_digest}"
-    student = TaskNetwork(whole_encoder(args), [], classes)
-    nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; 0 is for fine-tuning
-    net = prepare(student, args)
-    teacher.to(args.device, args.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
-    optimizer = build_optimizer(student, args)
-    run = Run(args, data)
-    if listed is not None:
-        on_rank_0(lambda: write_labels(run, listed))
-    say(f"{args.arch} {args.width:g}x{' SK' * args.sk} learns from {args.teacher} at temperature "
-        f"{args.temperature:g}, {len(data.train)} images, "
-        f"{0 if listed is None else len(listed)} of them labelled")
-    say_schedule(args, len(data.train))
-    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
-
-    def step(batch, epoch):
-        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
-        loss, s, t = distill_step(net, teacher, optimizer, x, known[batch.shown].to(args.device),
-                                  epoch, args)
-        return loss, (s, t)
-
-    def monitor(seen):
-        s, t = seen
-        agree = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
-        entropy = args.alpha * distillation_loss(t, t, args.temperature)  # the loss is no less
-        entropy = entropy * (args.temperature ** 2 if args.tau_squared else 1)
-        values = sum_over_processes(torch.stack([entropy, agree]).cpu()) / world_size()
-        return dict(zip(("floor", "agree"), values.tolist()))
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        if data.val is None or epoch < args.epochs and (not args.knn_every or epoch % args.knn_every):
-            return {}
-        result = {}
-        for name, network in (("top1", student), ("teacher_top1", teacher))[:1 if epoch else 2]:
-            logits, shown = features(network, data.val, args)
-            result[name] = top1(logits, data.val, shown)
-        return result
-
-    fit(args, run, data, student, optimizer, step, monitor, evaluate, views=1)
-
 # ==================================================================================================
 # Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
 # letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
@@ -2041,6 +1932,115 @@ def read_teacher(args) -> TaskNetwork:
 
 def top1(logits: Tensor, images: Images, shown: Tensor) -> float:
     return (logits.argmax(dim=1).cpu() == images.labels[shown.cpu()]).sum().item() / len(logits)
+
+
+def whole_encoder(args) -> nn.Module:
+    """For the later stages, which train all of it: a ViT's patch projection too, whose freezing is a
+    remedy for pre-training."""
+    encoder = build_encoder(args)
+    if args.arch.startswith("vit"):
+        encoder.patch_embed.proj.requires_grad_(True)
+    return encoder
+
+
+def supervise(args) -> None:
+    """Stage 2, and linear evaluation: crops and flips, cross-entropy, cosine decay per step."""
+    data = load_data(args, labels=True)
+    images = len(data.train)
+    data.train = everywhere(lambda: labelled(data.train, args))
+    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
+    if args.stage == "finetune":
+        published(args, len(data.train) / images)
+    encoder = whole_encoder(args)
+    kept = everywhere(lambda: kept_layers(args, encoder.feature_dim))
+    frozen = args.stage == "linear"
+    model = TaskNetwork(encoder, kept, len(data.classes), frozen)
+    net = prepare(model, args)
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    on_rank_0(lambda: write_labels(run, data.train))
+    say("protocol: " + ("linear classifier on the frozen network (eval mode)" if frozen else
+                        "classifier and whole network, evaluated every --knn-every epochs")
+        + f", from layer {args.from_layer} of the head, {args.epochs} epochs of {len(data.train)} "
+        f"labelled images, crops and flips; top-1 of the last epoch on {len(data.val)} val images")
+    say_schedule(args, len(data.train))
+    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
+    fixed = []  # a frozen network's features of the val images: taken once
+
+    def step(batch, epoch):
+        set_lr(optimizer, epoch, args)
+        return classify_batch(net, optimizer, batch, data.train, args), None
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        if epoch < args.epochs and not frozen and (not args.knn_every or epoch % args.knn_every):
+            return {}
+        if not frozen:
+            logits, shown = features(model, data.val, args)
+            return {"top1": top1(logits, data.val, shown)}
+        fixed[:] = fixed or features(nn.Sequential(model.encoder, model.projector).eval(), data.val,
+                                     args)
+        return {"top1": top1(model.fc(fixed[0]), data.val, fixed[1])}
+
+    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
+
+
+def distill(args) -> None:
+    """Stage 3: every image, labels ignored unless alpha is below 1; crops and flips alone."""
+    teacher = everywhere(lambda: read_teacher(args))
+    check(args)  # once more, for the student's architecture may be the teacher's
+    data, listed = load_data(args, labels=args.alpha < 1), None
+    classes = teacher.fc.out_features
+    if data.val and len(data.classes) != classes:
+        raise UserError(f"--teacher {args.teacher} knows {classes} classes, and {args.data} has "
+                        f"{len(data.classes)}")
+    known = torch.full([len(data.train)], -1)
+    if args.alpha < 1:
+        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # they may be fewer than a batch
+        listed = everywhere(lambda: labelled(data.train, some))
+        isin = torch.from_numpy(np.isin(data.train.names, listed.names))
+        known = torch.where(isin, data.train.labels, known)
+        data.digest += f"-{hashlib.sha256(known.numpy().tobytes()).hexdigest()[:8]}"
+    data.digest += f"-{args.teacher_digest}"
+    student = TaskNetwork(whole_encoder(args), [], classes)
+    nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; 0 is for fine-tuning
+    net = prepare(student, args)
+    teacher.to(args.device, args.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
+    optimizer = build_optimizer(student, args)
+    run = Run(args, data)
+    if listed is not None:
+        on_rank_0(lambda: write_labels(run, listed))
+    say(f"{args.arch} {args.width:g}x{' SK' * args.sk} learns from {args.teacher} at temperature "
+        f"{args.temperature:g}, {len(data.train)} images, "
+        f"{0 if listed is None else len(listed)} of them labelled")
+    say_schedule(args, len(data.train))
+    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
+
+    def step(batch, epoch):
+        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        loss, s, t = distill_step(net, teacher, optimizer, x, known[batch.shown].to(args.device),
+                                  epoch, args)
+        return loss, (s, t)
+
+    def monitor(seen):
+        s, t = seen
+        agree = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
+        entropy = args.alpha * distillation_loss(t, t, args.temperature)  # the loss is no less
+        entropy = entropy * (args.temperature ** 2 if args.tau_squared else 1)
+        values = sum_over_processes(torch.stack([entropy, agree]).cpu()) / world_size()
+        return dict(zip(("floor", "agree"), values.tolist()))
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        if data.val is None or epoch < args.epochs and (not args.knn_every or epoch % args.knn_every):
+            return {}
+        result = {}
+        for name, network in (("top1", student), ("teacher_top1", teacher))[:1 if epoch else 2]:
+            logits, shown = features(network, data.val, args)
+            result[name] = top1(logits, data.val, shown)
+        return result
+
+    fit(args, run, data, student, optimizer, step, monitor, evaluate, views=1)
 
 
 # same as simsiam.py
