@@ -5,11 +5,12 @@ import importlib
 import json
 import re
 import shlex
+import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_copies import SCRIPTS
+from test_copies import SCRIPTS, definitions
 
 METHODS = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS
            if (ROOT / name).exists()}
@@ -97,6 +98,23 @@ def test_enough_commands_were_found(script):
     assert len([command for command in commands() if command.startswith(script)]) >= 5
 
 
+LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)-L(\d+)\)")
+
+
+def true_lines(match) -> str:
+    """A link to the lines of a definition, as they are now."""
+    name, script = match.group(1, 2)
+    _, first, last, _ = definitions(ROOT / script)[name]
+    return f"[`{name}`]({script}#L{first + 1}-L{last})"
+
+
+def test_the_map_from_paper_to_lines_is_true():
+    """`python tests/test_readme.py --fix` renews it."""
+    links = [*LINK.finditer(README)]
+    assert {match[2] for match in links} == set(METHODS) and len(links) >= 40
+    assert [match[0] for match in links] == [true_lines(match) for match in links]
+
+
 def test_the_files_named_exist():
     for name in re.findall(r"\]\(((?:results/|\w+\.py)[^)]*)\)", README):
         assert (ROOT / name).exists(), name
@@ -113,3 +131,7 @@ def test_the_scripts_stay_self_contained():
                 [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split(".")[0] in extra | set(sys.stdlib_module_names), (script, name)
+
+
+if __name__ == "__main__" and "--fix" in sys.argv:
+    (ROOT / "README.md").write_text(LINK.sub(true_lines, README))
