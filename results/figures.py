@@ -173,10 +173,37 @@ def dcl_study() -> None:
     save(figure, "dcl-study.png")
 
 
+def simclr() -> None:
+    """SimCLR v2 on CIFAR-10 JPEG: pre-training, and what its network is worth with few labels."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4))
+    for axis, name, label in zip(axes, ("knn", "loss"), ("kNN accuracy", "loss (twice NT-Xent's mean)")):
+        axis.plot(*curve("simclr_v2-cifar10-jpeg.jsonl", name), "o-" if name == "knn" else "-")
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    bars = [(f"{share} % labels, {label}", f"{kind.format(share=share / 100)}", colour)
+            for share in (1, 10) for label, kind, colour in (
+                ("from scratch", "scratch-{share:g}", "tab:gray"),
+                ("fine-tuned from layer 0", "finetune-{share:g}-layer-0", "tab:orange"),
+                ("fine-tuned from layer 1", "finetune-{share:g}-layer-1", "tab:red"))]
+    bars += [("10 %, half as wide, from scratch", "scratch-0.1-half", "tab:gray"),
+             ("half as wide, distilled, no labels", "distill-half", "tab:blue")]
+    for place, (label, run, colour) in enumerate(reversed(bars)):
+        logs = HERE.glob(f"simclr_v2-cifar10-jpeg-{run}*.jsonl") if "0.01" in run else [
+            HERE / f"simclr_v2-cifar10-jpeg-{run}.jsonl"]
+        values = [100 * curve(path.name, "top1")[1][-1] for path in logs]
+        axes[2].barh(place, sum(values) / len(values), color=colour, alpha=0.6)
+        axes[2].plot(values, [place] * len(values), "k.")
+    axes[2].set_yticks(range(len(bars)), [label for label, *_ in reversed(bars)], fontsize=8)
+    axes[2].set_xlabel("top-1, % (dots: seeds)")
+    figure.tight_layout()
+    save(figure, "simclr_v2-cifar10-jpeg.png")
+
+
 if __name__ == "__main__":
     stability()
     training()
     collapse()
     byol_training()
     dcl_study()
+    simclr()
     print(dcl_table())
