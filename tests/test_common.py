@@ -194,9 +194,9 @@ def test_an_unknown_depth_is_an_error(depth):
         resnet(depth)
 
 
-def test_options_must_be_named():
+def test_options_beyond_the_design_must_be_named():
     with pytest.raises(TypeError):
-        resnet(18, 1, True)
+        resnet(18, 1, 0.0, True, True)
 
 
 # --------------------------------------------------------------------------------- LARS
