@@ -1,5 +1,7 @@
 """Puts the scripts on the path, and offers what several test files need."""
 
+import datetime
+import functools
 import importlib
 import json
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,7 +81,8 @@ class Forked:
     """A child of this very process, which has torch loaded already, in place of a new one that would
     take seconds to load it; with as much of subprocess.Popen as is needed here."""
 
-    def __init__(self, script: str, args: list[str], env: dict[str, str]):
+    def __init__(self, work, env: dict[str, str]):
+        """work(): what the child does; it gives the exit code."""
         self.output, self.returncode = tempfile.TemporaryFile("w+"), None
         self.pid = os.fork()
         if self.pid == 0:
@@ -89,8 +93,7 @@ class Forked:
                 sys.stdout = open(1, "w", buffering=1, closefd=False)
                 sys.stderr = open(2, "w", buffering=1, closefd=False)
                 os.environ.update(env)
-                sys.argv = [str(ROOT / script), *args]
-                code = importlib.import_module(script.removesuffix(".py")).main(args)
+                code = work()
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -118,22 +121,28 @@ class Forked:
         return self.output.read(), None
 
 
-def start(script: str, *args, processes: int = 0, **env) -> list:
-    """Starts a script: plain (processes=0), as a reader does, or as so many ranks, with what
-    torchrun would tell them."""
+def start(script: str, *args, processes: int = 0, fork: bool = False, **env) -> list:
+    """Starts a script: plain (processes=0), as a reader does or, sooner, in a child of this
+    process; or as so many ranks, with what torchrun would tell them."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
     args = [*map(str, args)]
-    if not processes:
+    if not processes and not fork:
         return [subprocess.Popen([sys.executable, str(ROOT / script), *args],
                                  env={**os.environ, **env}, stdout=subprocess.PIPE,
                                  stderr=subprocess.STDOUT, text=True)]
+
+    def work():
+        sys.argv = [str(ROOT / script), *args]
+        return importlib.import_module(script.removesuffix(".py")).main(args)
+
+    if not processes:
+        return [Forked(work, env)]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [Forked(script, args, {**env, "RANK": str(r), "LOCAL_RANK": str(r),
-                                  "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-            for r in range(processes)]
+    return [Forked(work, {**env, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes),
+                          "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": port}) for r in range(processes)]
 
 
 def finish(running: list, timeout: float = 180) -> tuple[list[int], str]:
@@ -148,14 +157,52 @@ def run(script: str, *args, processes: int = 0, **env) -> str:
     return output
 
 
+def on_ranks(compute, folder: Path, worlds=(4, 2, 1)) -> list[dict]:
+    """compute(rank, world) of real gloo processes, which start once and are one of 4, of 2, and
+    alone in turn: for each process what it gave, by world."""
+    def work(rank):
+        results = {}
+        for world in worlds:
+            if rank < world:
+                store = dist.FileStore(f"{folder}/store{world}", world)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
+                                        timeout=datetime.timedelta(seconds=60))
+                results[world] = compute(rank, world)
+                dist.barrier()
+                time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
+                dist.destroy_process_group()
+        torch.save(results, folder / f"rank{rank}.pt")
+        return 0
+
+    codes, output = finish([Forked(functools.partial(work, rank), {})
+                            for rank in range(max(worlds))])
+    assert set(codes) == {0}, output
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(worlds))]
+
+
 def wait_for_step(log: Path, step: int, running: list) -> None:
     """Until log.jsonl has a training line of this step or a later one."""
-    for _ in range(1200):
+    end = time.time() + 60
+    while time.time() < end:
         if log.exists() and any(f'"step": {s},' in log.read_text() for s in range(step, step + 9)):
             return
         assert all(process.poll() is None for process in running), finish(running)[1]
-        time.sleep(0.05)
+        time.sleep(0.005)  # short runs are over soon
     raise AssertionError(f"{log} never reached step {step}")
+
+
+def kill_at_step(step: int, script: str, *args, out: Path, **how) -> int:
+    """A run, killed at this step of its log or soon after: the step that it will go on from."""
+    running = start(script, *args, "--out", out, **how)
+    wait_for_step(out / "log.jsonl", step, running)
+    send(running, signal.SIGKILL)
+    finish(running)
+    return saved_step(out)
+
+
+def program(method):
+    """A script's main() as a function of words and numbers."""
+    return lambda *args: method.main([*map(str, args)])
 
 
 def records(out: Path, kind: str = "loss") -> list[dict]:
@@ -164,8 +211,32 @@ def records(out: Path, kind: str = "loss") -> list[dict]:
     return [line for line in lines if kind in line]
 
 
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in records(out)]
+
+
 def weights(out: Path, name: str = "last.pt") -> dict:
     return torch.load(out / name)["model"]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """To the bit, buffers included."""
+    for (name, x), y in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def assert_close_runs(a: Path, b: Path, steps: int, *names: str) -> None:
+    """What two runs in float64 log, the loss and these, and their weights, up to rounding."""
+    for name in ("loss", *names):
+        one, two = ([line[name] for line in records(out)] for out in (a, b))
+        assert len(one) == steps and one == pytest.approx(two, rel=0, abs=1e-10), name
+    torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=1e-10)
+
+
+def assert_one_sentence(capsys, sentence: str) -> None:
+    """All that a user's mistake is told."""
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error, error
 
 
 def saved_step(out: Path) -> int:

@@ -13,13 +13,9 @@ import torchvision
 from torchvision.transforms.v2 import functional as TF
 
 import simsiam
+from helpers import uniform
 
 STRENGTH = (0.4, 0.4, 0.4, 0.1)  # sheet 3
-
-
-def uniform(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def images(n, height, width=None, seed=0):

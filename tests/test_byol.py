@@ -4,16 +4,13 @@ Every oracle here is written from arXiv 2006.07733 ("Eq.", "Alg.", "Table") or f
 of that paper and its released code ("sheet 1" ... "sheet 9"), without a look at byol.py.
 """
 import copy
-import datetime
 import functools
 import math
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from torchvision.transforms.v2 import functional as TF
@@ -21,29 +18,11 @@ from torchvision.transforms.v2 import functional as TF
 import byol
 from byol import BYOL, byol_loss, ema_tau, negatives_loss
 from common import LARS, SyncBatchNorm, resnet
+from conftest import on_ranks
+from helpers import DOUBLE, Gather, Tiny, differs, furthest, ready, record_gradients, uniform
 from test_augmentation import torchvision_jitter
 
-DOUBLE = torch.float64
-
-
-def parse(*flags, dtype=DOUBLE, precision="fp64"):
-    """The parsed arguments, made ready for a step on this machine's CPU."""
-    args = byol.parse_args([*map(str, flags), "--precision", precision])
-    args.device, args.dtype, args.initial = torch.device("cpu"), dtype, None
-    byol.check(args)
-    return args
-
-
-class Tiny(nn.Module):
-    """A backbone with a bias and a batch norm, as wide as the projection."""
-    feature_dim = 8
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return self.bn(self.conv(x)).relu().mean((2, 3))
+parse = functools.partial(ready, byol)
 
 
 def tiny_model(dtype=DOUBLE, encoder=None, **options):
@@ -81,10 +60,6 @@ def embeddings(n=6, dim=5, dtype=DOUBLE, seed=0):
     lengths = torch.logspace(-1, 1, n, dtype=DOUBLE)[:, None]
     return [y.to(dtype).requires_grad_() for y in (
         x * lengths, (x + noise[0]) * lengths.flip(0), (x + noise[1]) * lengths.roll(2, 0))]
-
-
-def furthest(a, b):
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
 # ------------------------------------------------------------------------------- the loss, Eq. (2)
@@ -533,24 +508,6 @@ NETWORKS = {"byol": "", "simclr": SIMCLR, "negatives": "--beta 1 --alpha 0.3"}
 GATHERS = ("right", "no gradient", "local slice", "times W", "local only", "unshifted diagonal")
 
 
-class Gather(torch.autograd.Function):
-    """The gradient is the sum over processes, or a mistake that people made (users.md, B2)."""
-
-    @staticmethod
-    def forward(ctx, x, which):
-        ctx.which, parts = which, [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        if ctx.which != "local slice":
-            dist.all_reduce(grad)
-        mine = grad.chunk(dist.get_world_size())[dist.get_rank()]
-        return mine * {"no gradient": 0, "times W": dist.get_world_size()}.get(ctx.which, 1), None
-
-
 def shared_negatives(p, z, z_same, alpha, which):
     p, z, z_same = map(normalize, (p, z, z_same))
     own = torch.arange(len(p))
@@ -572,68 +529,33 @@ def network_steps(name, rank=0, world=1, mistake=""):
             module.__class__ = nn.BatchNorm2d if "encoder" in path else nn.BatchNorm1d
     if mistake in GATHERS:
         byol.negatives_loss = functools.partial(shared_negatives, which=mistake)
-    step = optimizer.step
-
-    def recorded(*rest):
-        record.update({f"each gradient {len(record)} {path}": p.grad.clone()
-                       for path, p in model.named_parameters() if p.grad is not None})
-        return step(*rest)
-
-    optimizer.step = recorded
+    done = record_gradients(model, optimizer, record)
     for i, (epoch, tau) in enumerate(((100.0, 0.5), (300.0, 0.9))):
         x1, x2 = (x[rank * N // world:(rank + 1) * N // world] for x in views(N, seed=20 + i))
         loss, h1 = byol.train_step(net, optimizer, x1, x2, epoch, tau, args)
         record |= {f"mean loss {i}": loss.clone(), f"rows h {i}": h1.clone()}
     byol.negatives_loss = ours
-    assert sum("gradient" in key for key in record) == 2 * sum(
-        len(group["params"]) for group in optimizer.param_groups)
+    assert done()
     return record | {f"each {key}": x.clone() for key, x in model.state_dict().items()}
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    results = {}
-    for world in WORLDS:
-        if rank >= world:
-            continue
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world),
-                                rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=60))
-        assert (byol.rank(), byol.world_size()) == (rank, world)
-        for name in NETWORKS:
-            results[world, name, ""] = network_steps(name, rank, world)
-        for name, mistake in (("byol", "local batch norm"), *(("simclr", x) for x in GATHERS)):
-            results[world, name, mistake] = network_steps(name, rank, world, mistake)
-        dist.barrier()
-        time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/rank{rank}.pt")
+alone = functools.cache(network_steps)
+
+
+def worker(rank, world):
+    assert (byol.rank(), byol.world_size()) == (rank, world)
+    cases = [*((name, "") for name in NETWORKS), ("byol", "local batch norm"),
+             *(("simclr", which) for which in GATHERS)]
+    return {case: network_steps(case[0], rank, world, case[1]) for case in cases}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What four processes computed, as one of four, two and one: they start once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.get_context("forkserver")  # it imports once what four processes need
-    context.set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2"])
-    mp.start_processes(worker, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
+    return on_ranks(worker, tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 def network_differs(ranks, world, name, mistake=""):
-    """The largest differences from one process: of mean losses, rows of h1, gradients, weights."""
-    worst = {"mean": 0.0, "rows": 0.0, "gradient": 0.0, "each": 0.0}
-    reference = network_steps(name)
-    parts = [ranks[rank][world, name, mistake] for rank in range(world)]
-    assert all(part.keys() == reference.keys() for part in parts)
-    for key, expected in reference.items():
-        kind, values = key.split()[0], [part[key] for part in parts]
-        if kind != "each":
-            values = [torch.cat(values) if kind == "rows" else sum(values) / world]
-        error = max((value - expected).abs().max().item() for value in values)
-        kind = "gradient" if "gradient" in key else kind
-        worst[kind] = max(worst[kind], error)
-    return worst
+    return differs(ranks, alone(name), world, name, mistake)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -653,10 +575,6 @@ def test_training_with_wrong_gathers_or_local_batch_norm_fails_that_check(ranks,
 
 
 # -------------------------------------------------------------------------- augmentation, sheet 3
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
 VIEWS = ((1.0, 0.0), (0.1, 0.2))  # blur and solarise of T and of T'

@@ -1,13 +1,13 @@
 """byol.py as a program, in short: ranks, kill and resume, monitors, labels, stages, mistakes."""
 
 import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    finish, records, run, saved_step, send, start, wait_for_step, weights, write_images)
+    assert_close_runs, assert_one_sentence, assert_same_weights, kill_at_step, losses, program,
+    records, run, weights, write_images)
 
 import byol
 
@@ -15,18 +15,7 @@ SMALL = ["--recipe", "demo", "--width", "0.125", "--image-size", "16", "--dim", 
          "16", "--batch-size", "16", "--workers", "0", "--knn-every", "0", "--precision", "fp32",
          "--log-every", "1"]
 TUNE = ["--workers", "0", "--precision", "fp32", "--batch-size", "2", "--epochs", "2"]
-
-
-def main(*args):
-    return byol.main([*map(str, args)])
-
-
-def losses(out):
-    return [line["loss"] for line in records(out)]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+main = program(byol)
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +31,17 @@ def test_two_processes_are_the_same_run_as_one(classes, tmp_path):
     args = ["--data", classes, *SMALL, "--precision", "fp64", "--steps", "4", "--warmup-epochs", "0.5"]
     assert main(*args, "--out", tmp_path / "one") == 0
     run("byol.py", *args, "--out", tmp_path / "two", processes=2)
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-10)
-    assert len(losses(tmp_path / "one")) == 4
-    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0,
-                               atol=1e-10)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 4)
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(classes, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(classes, tmp_path):
     args = ["--data", classes, *SMALL, "--epochs", "12"]
-    running = start("byol.py", *args, "--out", tmp_path / "killed")
-    wait_for_step(tmp_path / "killed" / "log.jsonl", 10, running)
-    send(running, signal.SIGKILL)
-    finish(running)
-    assert 0 < saved_step(tmp_path / "killed") < 36
+    assert 0 < kill_at_step(10, "byol.py", *args, out=tmp_path / "killed", fork=True) < 36
     for name in ("killed", "whole"):
         assert main(*args, "--out", tmp_path / name) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 36
-    assert same(weights(tmp_path / "killed").values(), weights(tmp_path / "whole").values())
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     assert [line["tau"] for line in records(tmp_path / "whole")] == [
         byol.ema_tau(k, 36, byol.PRETRAIN["base_tau"][-1] ** (16 / 100)) for k in range(36)]
 
@@ -265,7 +247,7 @@ def test_finetuning_trains_the_whole_network_and_linear_evaluation_its_classifie
     # The list written is the one that makes the same run.
     assert main("finetune", "--init", trained / "last.pt", "--data", classes, *TUNE, "--labels",
                 tmp_path / "finetune" / "labels.txt", "--out", tmp_path / "again") == 0
-    assert same(weights(tmp_path / "again").values(), weights(tmp_path / "finetune").values())
+    assert_same_weights(tmp_path / "again", tmp_path / "finetune")
 
 
 def test_finetuning_from_scratch_starts_at_random_and_evaluates_when_asked(classes, tmp_path):
@@ -282,7 +264,7 @@ def test_finetuning_resumes_to_the_same_bits_and_refuses_other_labels(trained, c
     for steps in (3, 0):
         assert main(*args, "--labels", 0.25, "--steps", steps, "--out", tmp_path / "paused") == 0
     assert main(*args, "--labels", 0.25, "--out", tmp_path / "whole") == 0
-    assert same(weights(tmp_path / "paused").values(), weights(tmp_path / "whole").values())
+    assert_same_weights(tmp_path / "paused", tmp_path / "whole")
     assert main(*args, "--labels", 0.5, "--out", tmp_path / "whole") == 2
 
 
@@ -338,5 +320,4 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path,
     (trained / "taken" / "labels.txt").mkdir(parents=True, exist_ok=True)
     out = [] if "--out" in flags else ["--out", tmp_path / "out"]
     assert main(*flags.format(r=trained).split(), *out) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+    assert_one_sentence(capsys, sentence)

@@ -1,8 +1,7 @@
 """What prevents collapse, by training: the demo's own images and recipe, a narrower network."""
 
-import json
-
 import pytest
+from conftest import program, records
 
 import byol
 import simsiam
@@ -12,10 +11,9 @@ RUNS = {"healthy": [], "no stop-gradient": ["--no-stop-grad"], "no predictor": [
 
 def train(script, steps, out, flags):
     """The last three log lines, ten steps apart, of the demo stopped early."""
-    assert script.main(["--width", "0.125", "--precision", "fp32", "--steps", str(steps), "--log-every",
-                        "10", "--knn-every", "0", "--device", "cpu", "--out", str(out), *flags]) == 0
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line and line["step"] >= steps - 21]
+    assert program(script)("--width", 0.125, "--precision", "fp32", "--steps", steps, "--log-every",
+                           10, "--knn-every", 0, "--device", "cpu", "--out", out, *flags) == 0
+    return [line for line in records(out) if line["step"] >= steps - 21]
 
 
 @pytest.fixture(scope="module")

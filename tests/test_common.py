@@ -4,22 +4,22 @@ Synchronised batch norm: W = 1, 2 and 4 gloo processes, started once for all cas
 process with torch.nn.BatchNorm on the whole batch, in float64.
 """
 import copy
-import datetime
-import hashlib
 import io
 import math
 import random
 import re
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from common import LARS, SyncBatchNorm, demo_images, resnet, synchronize_batch_norm
+from conftest import ROOT, on_ranks
+from helpers import count
 
 # ------------------------------------------------------------------------------ ResNets
 
@@ -53,10 +53,6 @@ def backbone_count(depth, width=1, stem=7):
 def on_meta(make, *args, **kwargs):
     with torch.device("meta"):
         return make(*args, **kwargs)
-
-
-def count(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def torchvision_resnet(depth):
@@ -293,7 +289,7 @@ def test_both_places_of_the_learning_rate_agree_until_it_changes():
 
 @pytest.mark.parametrize("lr_in_momentum, expected", [(False, [[2.28, -1.96]]),
                                                       (True, [[2.28, -2.96]])])
-def test_two_steps_by_hand(lr_in_momentum, expected):
+def test_two_steps_of_lars_equal_those_by_hand(lr_in_momentum, expected):
     # Step 1, lr 1: u = (-3, 8) + (3, 4) = (0, 12); r = 0.8 * 5 / 12 = 1/3; b = (0, 4); w = (3, 0)
     # Step 2, lr 1/2: u = (0, 4) + (3, 0) = (3, 4); r = 0.8 * 3 / 5 = 0.48; r u = (1.44, 1.92)
     #   lr outside: b = (0, 2) + (1.44, 1.92) = (1.44, 3.92); w = (3, 0) - b / 2
@@ -566,43 +562,24 @@ def on_rank(name, rank, world):
     return record(bn, batches, rows, world, special, rows if rank == 0 else None)
 
 
-def digest(images, labels):
-    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
+def worker(rank, world):
     results = {}
-    for world in (4, 2, 1):
-        if rank >= world:
-            continue
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world),
-                                rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=30))
-        for name in [*CASES, *FAULTS, "network"]:
-            try:
-                results[world, name] = on_rank(name, rank, world)
-            except RuntimeError as error:  # fails this case, not all that follow
-                results[world, name] = {"error": str(error)}
-        dist.barrier()
-        time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
-        dist.destroy_process_group()
-    torch.save((results, digest(*demo_images(20, seed=3))), f"{folder}/rank{rank}.pt")
+    for name in [*CASES, *FAULTS, "network"]:
+        try:
+            results[name] = on_rank(name, rank, world)
+        except RuntimeError as error:  # fails this case, not all that follow
+            results[name] = {"error": str(error)}
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of the four processes: starting them is slow, so all cases share one start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # The fork server imports once what four processes need (DDP needs torch._dynamo)
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo"])
-    mp.start_processes(worker, (str(folder),), nprocs=4, start_method="forkserver")
-    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(4)]
+    return on_ranks(worker, tmp_path_factory.mktemp("ranks"))
 
 
 def gather(ranks, world, name):
     """One process's view of what `world` ranks saw: outputs side by side, gradients averaged."""
-    parts, whole = [r[0][world, name] for r in ranks[:world]], {}
+    parts, whole = [r[world][name] for r in ranks[:world]], {}
     assert not any("error" in p for p in parts), [p.get("error") for p in parts]
     for key in parts[0]:
         values = [p[key] for p in parts if key in p]
@@ -667,7 +644,7 @@ def test_a_network_under_ddp_gets_the_gradient_of_the_global_batch(ranks, world)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_channels_last_stays_channels_last(ranks, world):
     for r in ranks[:world]:
-        seen = r[0][world, "channels_last"]
+        seen = r[world]["channels_last"]
         for key in ("rows y0", "rows dx0", "rows y2"):
             assert seen[key].is_contiguous(memory_format=torch.channels_last), key
 
@@ -775,13 +752,24 @@ def test_demo_images_have_the_shape_of_cifar():
     assert len({bytes(x.flatten().tolist()) for x in images}) == 300  # and no two are equal
 
 
-def test_demo_images_depend_on_the_seed_and_on_nothing_else(ranks):
+DIGEST = """
+import hashlib, common
+images, labels = common.demo_images(20, seed=3)
+digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+"""
+
+
+def test_demo_images_depend_on_the_seed_and_on_nothing_else():
     torch.manual_seed(0)
     first = demo_images(20, seed=3)
     torch.manual_seed(1)
     again, other = demo_images(20, seed=3), demo_images(20, seed=4)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert {digest(*first)} == {r[1] for r in ranks}  # nor on the process
+    here = {}
+    exec(DIGEST, here)  # and in a process of its own, whose hashes are seeded otherwise
+    there = subprocess.run([sys.executable, "-c", f"{DIGEST}print(digest)"], cwd=ROOT, text=True,
+                           capture_output=True)
+    assert [here["digest"]] == there.stdout.split(), there.stderr
     assert not any(torch.equal(a, b) for a in first[0] for b in other[0])
 
 

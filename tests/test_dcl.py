@@ -4,48 +4,26 @@ Every oracle here is written from the fact sheet of arXiv 2110.06848 ("sheet 1" 
 without a look at dcl.py.
 """
 import copy
-import datetime
 import functools
 import math
-import time
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import normalize
 
 import dcl
+from conftest import on_ranks
 from dcl import Contrast, CouplingMonitor, dcl_loss, dclw_loss, info_nce_loss, margins
 from dcl import npc_multiplier, queue_margins
+from helpers import DOUBLE, Gather, Tiny, differs, furthest, part, ready, record_gradients
+from helpers import embedding_pairs as embeddings
+from helpers import joined_views as views
 
-DOUBLE = torch.float64
+parse = functools.partial(ready, dcl)
 LOSSES = {"infonce": info_nce_loss, "dcl": dcl_loss, "dclw": dclw_loss,
           "dclw, weight trained": functools.partial(dclw_loss, backprop_weight=True)}
-
-
-def parse(*flags):
-    """The parsed arguments, made ready for a step on this machine's CPU."""
-    args = dcl.parse_args([*map(str, flags), "--precision", "fp64"])
-    args.device, args.dtype, args.precision = torch.device("cpu"), DOUBLE, "fp64"
-    args.initial, args.compile = None, False
-    dcl.check(args)
-    return args
-
-
-def embeddings(n=7, dim=5, dtype=DOUBLE, seed=0, noise=0.7):
-    """Two views of very different lengths, rows of one index near each other in direction."""
-    g = torch.Generator().manual_seed(seed)
-    x, more = (torch.randn(n, dim, generator=g, dtype=DOUBLE) for _ in range(2))
-    lengths = torch.logspace(-1, 1, n, dtype=DOUBLE)[:, None]
-    pair = x * lengths, (x + noise * more) * lengths.flip(0)
-    return [y.to(dtype).requires_grad_() for y in pair]
-
-
-def furthest(a, b):
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
 # --------------------------------------------------------------------------- the losses, sheet 1
@@ -200,7 +178,7 @@ def test_gradient_of_infonce_is_q_times_that_of_dcl_anchor_by_anchor(tau):  # th
     assert furthest(*both) < 1e-11 and q.min() < 0.9
 
 
-def test_values_in_closed_form():  # sheet 1, "values to assert"
+def test_losses_have_their_values_in_closed_form():  # sheet 1, "values to assert"
     for n, value in ((32, 4.127), (256, 6.234), (2, math.log(2))):
         same = torch.full((n, 3), 0.3, dtype=DOUBLE)
         for tau in (0.005, 0.07, 1.0):
@@ -286,7 +264,7 @@ def test_dcl_passes_lightlys_cases(n, dim, tau):  # its test_dclloss_matches_ref
     assert abs(wrong.item() - slow("dcl", z1, z2, tau).item()) > 0.01
 
 
-def test_parity_with_lightly():
+def test_losses_equal_lightlys():
     pytest.importorskip("lightly")
     from importlib.metadata import version
 
@@ -308,18 +286,6 @@ def test_parity_with_lightly():
 # -------------------------------------------------------------------------------- model and queue
 
 
-class Tiny(nn.Module):
-    """A backbone with a bias and a batch norm."""
-    feature_dim = 8
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return self.bn(self.conv(x)).relu().mean((2, 3))
-
-
 def apart(model):
     """Lets the key networks be others than the online ones, as after some steps."""
     g = torch.Generator().manual_seed(5)
@@ -333,13 +299,6 @@ def apart(model):
 def tiny_model(queue=0):
     torch.manual_seed(0)
     return apart(Contrast(Tiny(), dim=6, hidden_dim=16, queue=queue).to(DOUBLE))
-
-
-def views(n=8, seed=1):
-    """First views of n images, then second ones with other statistics."""
-    g = torch.Generator().manual_seed(seed)
-    x, noise = (torch.randn(n, 3, 6, 6, generator=g, dtype=DOUBLE) for _ in range(2))
-    return torch.cat([x, 1.5 * x + noise + 0.5])
 
 
 def test_both_views_pass_through_batch_norm_together():  # sheet 7, trap 11
@@ -602,29 +561,6 @@ N, WORLDS = 8, (4, 2, 1)
 GATHERS = ("right", "no gradient", "local slice", "times W")
 
 
-class Gather(torch.autograd.Function):
-    """The gradient is the sum over processes, or a mistake that people made (sheet 7)."""
-
-    @staticmethod
-    def forward(ctx, x, which):
-        ctx.which, parts = which, [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        if ctx.which != "local slice":
-            dist.all_reduce(grad)
-        mine = grad.chunk(dist.get_world_size())[dist.get_rank()]
-        return mine * {"no gradient": 0, "times W": dist.get_world_size()}.get(ctx.which, 1), None
-
-
-def part(x, rank, world):
-    """This process's images of both views."""
-    return torch.cat([view.chunk(world)[rank] for view in x.chunk(2)])
-
-
 def on_inputs(rank=0, world=1, negatives="global", n=N):
     """Loss and input gradients of this process's images, its q and margins."""
     z = torch.cat(embeddings(n, 6, seed=2)).detach()
@@ -646,77 +582,40 @@ def network_steps(name, rank=0, world=1, flags=""):
     args = parse(*STEP.split(), *KINDS[name].split(), *flags.split())
     model, record = build(name), {}
     optimizer = dcl.build_optimizer(model, args)
-    net, step = dcl.prepare(model, args), optimizer.step
-
-    def recorded(*rest):
-        record.update({f"each gradient {len(record)} {path}": p.grad.clone()
-                       for path, p in model.named_parameters() if p.grad is not None})
-        return step(*rest)
-
-    optimizer.step = recorded
+    net, done = dcl.prepare(model, args), record_gradients(model, optimizer, record)
     for i, epoch in enumerate(EPOCHS[:2]):
         x = part(views(N, seed=20 + i), rank, world)
         loss, z1, m, _ = dcl.train_step(net, optimizer, x, epoch, args)
         record |= {f"mean loss {i}": loss.clone(), f"rows z {i}": z1.clone()}
         record |= {f"rows m {i} {k}": y for k, y in enumerate(m.split(len(x) // 2))}
-    assert sum("gradient" in key for key in record) == 2 * sum(
-        len(group["params"]) for group in optimizer.param_groups)
+    assert done()
     return record | {f"each {key}": x.clone() for key, x in model.state_dict().items()}
 
 
 alone = functools.cache(network_steps)
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    results, ours = {}, dcl.gather_with_gradient
-    for world in WORLDS:
-        if rank >= world:
-            continue
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world),
-                                rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=60))
-        assert (dcl.rank(), dcl.world_size()) == (rank, world)
-        results[world, "monitor"] = monitored(rank, world)
-        results[world, "one image each"] = on_inputs(rank, world, n=4)
-        for negatives in ("global", "local"):
-            results[world, "inputs", negatives] = on_inputs(rank, world, negatives)
-        for name in KINDS:
-            results[world, name] = network_steps(name, rank, world)
-        results[world, "dcl", "local"] = network_steps("dcl", rank, world, "--negatives local")
-        for which in GATHERS if world > 1 else ():
-            dcl.gather_with_gradient = lambda x, which=which: Gather.apply(x, which)
-            results[world, "inputs", which] = on_inputs(rank, world)
-            results[world, "dcl", which] = network_steps("dcl", rank, world)
-            dcl.gather_with_gradient = ours
-        dist.barrier()
-        time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/rank{rank}.pt")
+def worker(rank, world):
+    assert (dcl.rank(), dcl.world_size()) == (rank, world)
+    ours = dcl.gather_with_gradient
+    results = {("monitor",): monitored(rank, world),
+               ("one image each",): on_inputs(rank, world, n=4)}
+    for negatives in ("global", "local"):
+        results["inputs", negatives] = on_inputs(rank, world, negatives)
+    for name in KINDS:
+        results[name,] = network_steps(name, rank, world)
+    results["dcl", "local"] = network_steps("dcl", rank, world, "--negatives local")
+    for which in GATHERS if world > 1 else ():
+        dcl.gather_with_gradient = lambda x, which=which: Gather.apply(x, which)
+        results["inputs", which] = on_inputs(rank, world)
+        results["dcl", which] = network_steps("dcl", rank, world)
+        dcl.gather_with_gradient = ours
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What four processes computed, as one of four, two and one: they start once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.get_context("forkserver")  # it imports once what four processes need
-    context.set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2"])
-    mp.start_processes(worker, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
-
-
-def differs(ranks, reference, world, *key):
-    """The largest differences from one process: of mean losses, gradients, rows, weights."""
-    worst = {"mean": 0.0, "rows": 0.0, "gradient": 0.0, "each": 0.0}
-    parts = [ranks[rank][world, *key] for rank in range(world)]
-    assert all(found.keys() == reference.keys() for found in parts)
-    for entry, expected in reference.items():
-        kind, values = entry.split()[0], [found[entry] for found in parts]
-        if kind != "each":
-            values = [sum(values) / world if kind == "mean" else torch.cat(values)]
-        kind = "gradient" if "gradient" in entry or kind == "split" else kind
-        worst[kind] = max(worst[kind], *(furthest([value], [expected]) for value in values))
-    return worst
+    return on_ranks(worker, tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -748,7 +647,7 @@ def test_wrong_gathers_fail_those_checks_though_their_losses_are_right(ranks, wo
     for name in LOSSES:  # each of the losses, not only the worst of them
         reference = {k: x for k, x in on_inputs().items() if k.startswith(f"split {name}")}
         for which in (*GATHERS[1:], "local"):
-            found = [ranks[rank][world, "inputs", which] for rank in range(world)]
+            found = [ranks[rank][world]["inputs", which] for rank in range(world)]
             assert max(furthest([torch.cat([x[key] for x in found])], [expected])
                        for key, expected in reference.items()) > 1e-3, (name, which)
 
@@ -760,7 +659,7 @@ def test_local_negatives_are_each_process_alone(ranks, world):
     weights = (2 - N * (pairs / 0.5).softmax(dim=0)).chunk(world)  # of the global batch (sheet 7, 7)
     for rank in range(world):
         z1, z2 = part(z, rank, world).requires_grad_().chunk(2)
-        found = ranks[rank][world, "inputs", "local"]
+        found = ranks[rank][world]["inputs", "local"]
         for name, loss in LOSSES.items():
             value = loss(z1, z2, 0.1)  # no process group here
             if name.startswith("dclw"):
@@ -781,5 +680,5 @@ def test_local_negatives_are_each_process_alone(ranks, world):
 def test_monitor_on_ranks_equals_numpy_on_all_anchors(ranks, world):
     m = some_margins()
     for rank in range(world):
-        for reading, steps in zip(ranks[rank][world, "monitor"], (m[:3], m[3:]), strict=True):
+        for reading, steps in zip(ranks[rank][world]["monitor",], (m[:3], m[3:]), strict=True):
             assert reading == pytest.approx(statistics(steps), rel=1e-6)

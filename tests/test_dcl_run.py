@@ -1,24 +1,18 @@
 """dcl.py as a program, in short: ranks, kill and resume, q_B in the log, the queue, mistakes."""
 
-import signal
 
 import pytest
 import torch
-from conftest import finish, records, run, saved_step, send, start, wait_for_step, weights
+from conftest import (
+    assert_close_runs, assert_one_sentence, assert_same_weights, kill_at_step, losses, program,
+    records, run, weights)
 
 import dcl
 
 SMALL = ["--recipe", "demo", "--width", "0.125", "--image-size", "16", "--dim", "8", "--hidden-dim",
          "16", "--batch-size", "16", "--workers", "0", "--knn-every", "0", "--precision", "fp32",
          "--log-every", "1"]
-
-
-def main(*args):
-    return dcl.main([*map(str, args)])
-
-
-def losses(out):
-    return [line["loss"] for line in records(out)]
+main = program(dcl)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +29,8 @@ def test_two_processes_are_the_same_run_as_one(flags, classes, tmp_path):
     args = ["--data", classes, *SMALL, *flags, "--precision", "fp64", "--steps", "4"]
     assert main(*args, "--out", tmp_path / "one") == 0
     run("dcl.py", *args, "--out", tmp_path / "two", processes=2)
-    for name in ("loss", "q_mean", "q_cv", "q_below_0.1", "dcl", "infonce"):
-        one, two = ([line[name] for line in records(tmp_path / n)] for n in ("one", "two"))
-        assert len(one) == 4 and one == pytest.approx(two, rel=0, abs=1e-10)
-    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0,
-                               atol=1e-10)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 4, "q_mean", "q_cv", "q_below_0.1", "dcl",
+                      "infonce")
 
 
 def test_local_negatives_are_another_run_and_their_number_is_said(classes, tmp_path, capfd):
@@ -51,22 +42,17 @@ def test_local_negatives_are_another_run_and_their_number_is_said(classes, tmp_p
 
 
 @pytest.mark.parametrize("flags", [[], ["--queue", "32"]], ids=["batch", "queue"])
-def test_killed_and_started_again_ends_with_the_same_bits(flags, classes, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(flags, classes, tmp_path):
     args = ["--data", classes, *SMALL, "--epochs", "12", *flags]
     if flags:  # the queue is in the checkpoint: a pause shows it as a kill does
         assert main(*args, "--steps", 17, "--out", tmp_path / "killed") == 0
     else:
-        running = start("dcl.py", *args, "--out", tmp_path / "killed")
-        wait_for_step(tmp_path / "killed" / "log.jsonl", 10, running)
-        send(running, signal.SIGKILL)
-        finish(running)
-        assert 0 < saved_step(tmp_path / "killed") < 36
+        assert 0 < kill_at_step(10, "dcl.py", *args, out=tmp_path / "killed", fork=True) < 36
     for name in ("killed", "whole"):
         assert main(*args, "--out", tmp_path / name) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 36
-    assert all(torch.equal(x, y) for x, y in zip(weights(tmp_path / "killed").values(),
-                                                 weights(tmp_path / "whole").values(), strict=True))
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     assert [line["step"] for line in records(tmp_path / "killed", "q_histogram")] == [1, 4, 18, 36]
 
 
@@ -146,8 +132,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tmp_path,
     if "official" in flags:
         torch.save({"arch": "resnet50", "state_dict": {}}, trained / "official.pth")
     assert main(*flags.format(r=trained).split(), "--out", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+    assert_one_sentence(capsys, sentence)
 
 
 def test_stl10_has_a_recipe_of_its_own():

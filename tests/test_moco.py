@@ -4,17 +4,14 @@ Every oracle here is written from Algorithm 1 of arXiv 2104.02057 or from the fa
 paper and its released code ("sheet 1" ... "sheet 8").
 """
 import copy
-import datetime
 import functools
 import json
 import math
 import re
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchvision
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
@@ -22,11 +19,12 @@ from torchvision.transforms.v2 import functional as TF
 
 import moco_v3
 from common import LARS, VITS, resnet, sincos_table, vit
-from conftest import write_images
+from conftest import on_ranks, program, write_images
+from helpers import DOUBLE, assert_fields, count, furthest, uniform
 from moco_v3 import LAMB, MoCoV3, chance_and_floor, contrastive_loss
 from test_augmentation import torchvision_jitter
 
-DOUBLE = torch.float64
+main = program(moco_v3)
 
 
 def parse(*flags, dtype=torch.float32):
@@ -62,10 +60,6 @@ def views(n=6, dtype=DOUBLE, seed=1, side=8):
     x1 = torch.randn(n, 3, side, side, generator=g, dtype=DOUBLE)
     x2 = 2 * x1.roll(1, 3) + torch.randn(n, 3, side, side, generator=g, dtype=DOUBLE) ** 2 - 1
     return x1.to(dtype), x2.to(dtype)
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -299,46 +293,26 @@ def network_steps(name, rank=0, world=1):
     return record | {f"each {key}": x.clone() for key, x in model.state_dict().items()}
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    results = {}
-    for world in WORLDS:
-        if rank >= world:
-            continue
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world),
-                                rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=60))
-        for which in ("ours", *MUTANTS):
-            for t in TEMPERATURES:
-                results[world, which, t] = share(which, rank, world, t)
-        for name in NETWORKS:
-            results[world, name] = network_steps(name, rank, world)
-        dist.barrier()
-        time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/rank{rank}.pt")
+def worker(rank, world):
+    shares = {(which, t): share(which, rank, world, t) for which in ("ours", *MUTANTS)
+              for t in TEMPERATURES}
+    return shares | {name: network_steps(name, rank, world) for name in NETWORKS}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What four processes computed, as one of four, two and one: they start once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # The fork server imports once what four processes need (DDP needs torch._dynamo)
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2"])
-    mp.start_processes(worker, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
+    return on_ranks(worker, tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 def differs(ranks, world, which, t):
     """By how much the mean loss of the ranks, and their mean gradient, miss those of one process."""
     q1, q2, k1, k2 = two_queries_and_keys()
-    parts = [ranks[rank][world, which, t] for rank in range(world)]
+    parts = [ranks[rank][world][which, t] for rank in range(world)]
     loss = sum(part["loss"].item() for part in parts) / world
     error = abs(loss - slow_loss(q1, k2, t) - slow_loss(q2, k1, t))
-    for d, q, k in (("d1", q1, k2), ("d2", q2, k1)):  # DDP averages: each row is 1 / W of its rank's
-        gradient = torch.cat([part[d] for part in parts]) / world
-        error = max(error, (gradient - slow_gradient(q, k, t)).abs().max().item())
-    return error
+    # DDP averages: each row is 1 / W of its rank's.
+    gradients = [torch.cat([part[d] for part in parts]) / world for d in ("d1", "d2")]
+    return max(furthest(gradients, [slow_gradient(q1, k2, t), slow_gradient(q2, k1, t)]), error)
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)
@@ -356,7 +330,7 @@ def test_wrong_ways_to_share_the_batch_fail_that_check(ranks, which, world):
 
 
 def assert_same_network(ranks, world, name, reference, tolerance=1e-10):
-    parts = [ranks[rank][world, name] for rank in range(world)]
+    parts = [ranks[rank][world][name] for rank in range(world)]
     for key, expected in reference.items():
         values = [part[key] for part in parts]
         if key.startswith("rows"):
@@ -431,7 +405,7 @@ def test_numbers_of_parameters_and_keys_are_the_authors(arch, total, projector, 
     assert both * 2 + count(model.predictor) == count(model)
 
 
-def test_ablated_heads():  # Sec. 6.2
+def test_ablated_heads_lack_only_what_was_taken_from_them():  # Sec. 6.2
     bare = tiny_model(bn="none")
     assert layers(bare.projector) == [word for word in layers(tiny_model().projector)
                                       if not word.startswith("BN")]
@@ -704,10 +678,6 @@ def run_lamb(weights, gradients, lrs, save_at=None, **settings):
             p.grad = g.clone()
         optimizer.step()
     return [p.detach() for p in params]
-
-
-def furthest(a, b):
-    return max((x - y).abs().max().item() for x, y in zip(a, b))
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS, dict(weight_decay=0.1)], ids=str)
@@ -1108,10 +1078,6 @@ def test_variants_of_the_patch_projection_are_the_papers():  # Sec. 4.2: BN, Wei
 # ------------------------------------------------------------------------------------ augmentation
 
 
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-
-
 def oracle_view(image, u, args, view, order="blur, solarise"):
     """Sheet 3 for one image. u: 9 for the jitter, 1 for the grayscale, 2 for blur, 1 for solarise."""
     def blur(image):
@@ -1227,13 +1193,6 @@ PROBE = dict(optimizer="sgd", momentum=0.9, weight_decay=0, epochs=90, batch_siz
 PROBE_VIT, PROBE_R50 = {**PROBE, "base_lr": 3}, {**PROBE, "base_lr": 0.1}
 
 
-def assert_fields(args, expected):
-    for name, value in expected.items():
-        parsed = getattr(args, name)
-        parsed = tuple(parsed) if isinstance(parsed, list) else parsed
-        assert parsed == value, f"{name}: {parsed}, expected {value}"
-
-
 @pytest.mark.parametrize("flags, expected", [
     ("--recipe imagenet", VIT_S), ("--data /data/imagenet", VIT_S),
     ("--recipe imagenet --arch vit_base", {**VIT_S, "arch": "vit_base"}),
@@ -1294,10 +1253,6 @@ def toy(tmp_path_factory):
 RUN = ["--recipe", "demo", "--image-size", 16, "--patch-size", 8, "--dim", 8, "--hidden-dim", 16,
        "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--base-lr", 0.005,
        "--ema-momentum", 0.9, "--workers", 0, "--log-every", 1]
-
-
-def main(*args):
-    return moco_v3.main([*map(str, args)])
 
 
 def test_a_run_passes_the_next_momentum_and_the_two_views(toy, tmp_path, monkeypatch):

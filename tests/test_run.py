@@ -11,7 +11,8 @@ import pytest
 import torch
 import torchvision
 from conftest import (
-    ROOT, TINY, finish, records, run, saved_step, send, start, wait_for_step, weights)
+    ROOT, TINY, assert_same_weights, finish, kill_at_step, losses, program, records, run, send,
+    start, wait_for_step, weights)
 
 import simsiam
 
@@ -20,8 +21,7 @@ LONG = [*TINY, "--image-size", "32", "--batch-size", "8", "--epochs", "6", "--lo
 TIMES = ("images_per_s", "data_wait", "seconds", "memory_gb")
 
 
-def main(*args):
-    return simsiam.main([*map(str, args)])
+main = program(simsiam)
 
 
 def curve(out):
@@ -30,8 +30,7 @@ def curve(out):
 
 def assert_same_run(a, b):
     assert curve(a) == curve(b) and len(curve(a)) > 1  # so no step stands twice either
-    for (name, x), y in zip(weights(a).items(), weights(b).values(), strict=True):
-        assert torch.equal(x, y), name
+    assert_same_weights(a, b)
 
 
 def start_again(processes, *args):
@@ -57,16 +56,12 @@ def whole(photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes, workers", [(0, 0), (0, 2), (2, 0), (2, 2)])
-def test_killed_in_mid_epoch_and_started_again_ends_with_the_same_bits(
+def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(
         processes, workers, photos, whole, tmp_path):
-    args = ["--data", photos, "--out", tmp_path, *LONG, "--workers", workers]
-    running = start("simsiam.py", *args, processes=processes)
-    wait_for_step(tmp_path / "log.jsonl", 8, running)
-    send(running, signal.SIGKILL)
-    finish(running)
-    step = saved_step(tmp_path)
+    args = ["--data", photos, *LONG, "--workers", workers]
+    step = kill_at_step(8, "simsiam.py", *args, out=tmp_path, processes=processes)
     assert 5 <= step < 30
-    start_again(processes, *args)
+    start_again(processes, *args, "--out", tmp_path)
     assert [line["resumed"] for line in records(tmp_path, "resumed")] == [step]
     assert_same_run(whole(processes), tmp_path)
 
@@ -75,7 +70,7 @@ def test_killed_in_mid_epoch_and_started_again_ends_with_the_same_bits(
 def test_sigterm_saves_at_the_next_step_exits_0_and_resumes(processes, workers, photos, whole,
                                                             tmp_path):
     args = ["--data", photos, "--out", tmp_path, *LONG, "--workers", workers, "--save-every", 100]
-    running = start("simsiam.py", *args, processes=processes)
+    running = start("simsiam.py", *args, processes=processes, fork=True)
     wait_for_step(tmp_path / "log.jsonl", 8, running)
     seen = records(tmp_path)[-1]["step"]
     # To one rank alone: the others hear of it and stop at the same step.
@@ -90,9 +85,9 @@ def test_sigterm_saves_at_the_next_step_exits_0_and_resumes(processes, workers, 
 
 def test_a_second_run_on_the_same_folder_is_refused(photos, tmp_path):
     command = ["simsiam.py", "--data", photos, "--out", tmp_path, *LONG, "--epochs", "5000"]
-    first = start(*command)
+    first = start(*command, fork=True)
     wait_for_step(tmp_path / "log.jsonl", 1, first)
-    codes, output = finish(start(*command))
+    codes, output = finish(start(*command, fork=True))
     assert codes == [2] and "another run is at work" in output
     send(first, signal.SIGTERM)
     assert finish(first)[0] == [0]
@@ -101,13 +96,13 @@ def test_a_second_run_on_the_same_folder_is_refused(photos, tmp_path):
 @pytest.mark.parametrize("data", ["demo", "photos"])
 def test_two_processes_are_the_same_run_as_one(data, photos, tmp_path):
     args = ["--data", photos if data == "photos" else data, *TINY, "--image-size", "32",
-            "--batch-size", "40", "--epochs", "20", "--steps", "20", "--log-every", "1",
+            "--batch-size", "40", "--epochs", "20", "--steps", "10", "--log-every", "1",
             "--precision", "fp64", "--keep-every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     start_again(0, *args, "--out", one)
     start_again(2, *args, "--out", two)
-    a, b = ([line["loss"] for line in records(out)] for out in (one, two))
-    assert len(a) == 20
+    a, b = losses(one), losses(two)
+    assert len(a) == 10
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     # The momentum holds every gradient: after the first step (40 photos are one epoch, whose end is
     # kept) it is the gradient plus the weight decay, after the last all of them.
@@ -139,21 +134,20 @@ def test_torchrun_and_two_nodes_on_one_host_give_the_first_loss_of_one_process(p
         port = s.getsockname()[1]
     nodes = [torchrun("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
                       "--rdzv_id=test", nproc=1) for _ in range(2)]
-    commands = {"one": [torchrun("--standalone")], "two": nodes}
-    main(*args, "--out", tmp_path / "none")
-    for name, launches in commands.items():
-        running = [subprocess.Popen([*launch, *args, "--out", str(tmp_path / name)], text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                   for launch in launches]
-        codes, output = finish(running)
-        assert set(codes) == {0}, output
-    losses = [records(tmp_path / name)[0]["loss"] for name in ("none", "one", "two")]
-    assert max(losses) - min(losses) < 1e-5, losses
+    running = [subprocess.Popen([*launch, *args, "--out", str(tmp_path / name)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+               for name, launch in (("one", torchrun("--standalone")), ("two", nodes[0]),
+                                    ("two", nodes[1]))]
     # Under torchrun a mistake is one sentence, too, and the exit code of every rank is 2.
     done = subprocess.run([*torchrun("--standalone"), *args, "--out", str(tmp_path / "odd"),
                            "--batch-size", "7"], text=True, capture_output=True)
     assert done.stderr.count("simsiam.py: --batch-size 7 is the global batch") == 1
     assert done.returncode and "exitcode  : 2" in done.stderr
+    codes, output = finish(running)
+    assert set(codes) == {0}, output
+    main(*args, "--out", tmp_path / "none")
+    first = [records(tmp_path / name)[0]["loss"] for name in ("none", "one", "two")]
+    assert max(first) - min(first) < 1e-5, first
 
 
 # What follows runs in this process.
@@ -164,7 +158,7 @@ def test_a_run_can_be_resumed_on_another_number_of_processes(photos, tmp_path):
     start_again(0, *args, "--out", tmp_path / "whole")
     start_again(2, *args, "--out", tmp_path / "parts", "--steps", 9)
     start_again(0, *args, "--out", tmp_path / "parts")
-    a, b = ([line["loss"] for line in curve(tmp_path / name)] for name in ("whole", "parts"))
+    a, b = (losses(tmp_path / name) for name in ("whole", "parts"))
     assert len(a) == len(b) == 30
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 

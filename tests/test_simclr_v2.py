@@ -5,52 +5,29 @@ Every oracle here is written from the fact sheet of arXiv 2006.10029 and 2002.05
 "sheet 6, T16"), without a look at simclr_v2.py.
 """
 import copy
-import datetime
 import functools
 import math
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d, cross_entropy, normalize
 
 import simclr_v2
 from common import LARS, SelectiveKernel, ShortcutPool, resnet
+from conftest import on_ranks
+from helpers import DOUBLE, Gather, Tiny, count, differs, furthest, part, ready, record_gradients
+from helpers import embedding_pairs as embeddings
+from helpers import joined_views as views
 from simclr_v2 import SimCLR, TaskNetwork, distillation_loss, nt_xent_loss, projection_head
 
-DOUBLE = torch.float64
-
-
-def parse(*flags):
-    """The parsed arguments, made ready for a step on this machine's CPU."""
-    args = simclr_v2.parse_args([*map(str, flags), "--precision", "fp64"])
-    args.device, args.dtype, args.precision = torch.device("cpu"), DOUBLE, "fp64"
-    args.initial, args.compile = None, False
-    simclr_v2.check(args)
-    return args
-
-
-def embeddings(n=7, dim=5, dtype=DOUBLE, seed=0, noise=0.7):
-    """Two views of very different lengths, rows of one index near each other in direction."""
-    g = torch.Generator().manual_seed(seed)
-    x, more = (torch.randn(n, dim, generator=g, dtype=DOUBLE) for _ in range(2))
-    lengths = torch.logspace(-1, 1, n, dtype=DOUBLE)[:, None]
-    pair = x * lengths, (x + noise * more) * lengths.flip(0)
-    return [y.to(dtype).requires_grad_() for y in pair]
+parse = functools.partial(ready, simclr_v2)
 
 
 def unit_rows(n, dim=5, seed=9):
     g = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(n, dim, generator=g, dtype=DOUBLE))
-
-
-def furthest(a, b):
-    pairs = [(x, y) for x, y in zip(a, b, strict=True)]
-    assert all(x.shape == y.shape for x, y in pairs), [(x.shape, y.shape) for x, y in pairs]
-    return max((x - y).abs().max().item() for x, y in pairs)
 
 
 def shaken(module, seed=5):
@@ -67,9 +44,7 @@ def shaken(module, seed=5):
     return module
 
 
-def trainable(module):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
+trainable = functools.partial(count, trainable=True)
 
 # ----------------------------------------------------------------------------- NT-Xent, sheet 1.1
 
@@ -155,7 +130,7 @@ def test_gradient_is_that_of_cross_entropy_on_the_sphere():
         assert furthest(ours, one_way.chunk(2)) > 1e-2
 
 
-def test_values_in_closed_form():  # sheet 1.1, sanity values: twice ours
+def test_losses_have_their_values_in_closed_form():  # sheet 1.1, sanity values: twice ours
     for n in (2, 32, 512):
         same = torch.full((n, 3), 0.3, dtype=DOUBLE)
         for tau in (0.005, 0.1, 1.0):
@@ -587,19 +562,7 @@ def test_zero_init_is_that_of_each_blocks_last_norm(depth, sk):  # sheet 2.1; sh
 # --------------------------------------------------------------------------- LARS, sheets 1.6 and T7
 
 
-class Tiny(nn.Module):
-    """A backbone with a bias and a batch norm."""
-    feature_dim = 8
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return self.bn(self.conv(x)).relu().mean((2, 3))
-
-
-def test_two_steps_of_lars_by_hand():
+def test_two_steps_of_simclrs_lars_equal_those_by_hand():
     # lambda 1, m 0.5, eta 0.6. A matrix. Step 1, lr 2: u = (0, -4) + (3, 4) = (3, 0);
     #   r = 0.6 * 5 / 3 = 1; v = 2 (3, 0) = (6, 0); w = (-3, 4).
     # Step 2, lr 1/2: u = (7, -1) + (-3, 4) = (4, 3); r = 0.6 * 5 / 5;
@@ -740,7 +703,7 @@ def test_momentum_sgd_is_nesterovs_and_decays_all_but_batch_norm():  # sheet 1.6
 # ------------------------------------------------------------------------------- schedule, sheet 4
 
 
-def test_official_numbers_of_steps():  # sheets 4.1, 4.4, 4.5: N * E // B + 1
+def test_numbers_of_steps_are_the_authors():  # sheets 4.1, 4.4, 4.5: N * E // B + 1
     for images, epochs, batch, steps in (
             (1_281_167, 800, 4096, 250_228), (12_811, 60, 1024, 751), (128_116, 30, 1024, 3_754),
             (1_281_167, 30, 1024, 37_535), (1_281_167, 400, 4096, 125_114),
@@ -773,13 +736,6 @@ def test_peak_learning_rates_are_the_sheets(flags, peak):
 
 
 # ---------------------------------------------------------------------------- model and its memory
-
-
-def views(n=8, seed=1):
-    """First views of n images, then second ones with other statistics."""
-    g = torch.Generator().manual_seed(seed)
-    x, noise = (torch.randn(n, 3, 6, 6, generator=g, dtype=DOUBLE) for _ in range(2))
-    return torch.cat([x, 1.5 * x + noise + 0.5])
 
 
 def labels_of(n=8, seed=1):
@@ -1268,24 +1224,6 @@ TEXTBOOK = ("right", "wrong label offset", "unshifted mask", "masked positives",
             "local negatives", "no gradient", "local slice", "times W")
 
 
-class Gather(torch.autograd.Function):
-    """The gradient is the sum over processes, or a mistake that people made (T1, T2)."""
-
-    @staticmethod
-    def forward(ctx, x, which):
-        ctx.which, parts = which, [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        if ctx.which != "local slice":
-            dist.all_reduce(grad)
-        mine = grad.chunk(dist.get_world_size())[dist.get_rank()]
-        return mine * {"no gradient": 0, "times W": dist.get_world_size()}.get(ctx.which, 1), None
-
-
 def textbook(z1, z2, tau, which):
     """Local anchors against all processes' embeddings, logits laid out as in sheet 1.1."""
     local = [normalize(z) for z in (z1, z2)]
@@ -1307,11 +1245,6 @@ def textbook(z1, z2, tau, which):
     return total
 
 
-def part(x, rank, world):
-    """This process's images of both views."""
-    return torch.cat([view.chunk(world)[rank] for view in x.chunk(2)])
-
-
 def on_inputs(rank=0, world=1, n=N, loss=nt_xent_loss, memory=True):
     """Loss and input gradients of this process's images, without a memory and with one."""
     z, k = (torch.cat(embeddings(n, 6, seed=seed)).detach() for seed in (2, 3))
@@ -1331,21 +1264,13 @@ def network_steps(kind, rank=0, world=1):
     """Two steps of the program's own: model, optimizer, DDP, batch norm of the global batch."""
     args, model, record = parse(*STEP.split(), *KINDS[kind].split()), build(kind), {}
     optimizer = simclr_v2.build_optimizer(model, args)
-    net, step = simclr_v2.prepare(model, args), optimizer.step
-
-    def recorded(*rest):
-        record.update({f"each gradient {len(record)} {path}": p.grad.clone()
-                       for path, p in model.named_parameters() if p.grad is not None})
-        return step(*rest)
-
-    optimizer.step = recorded
+    net, done = simclr_v2.prepare(model, args), record_gradients(model, optimizer, record)
     for i, epoch in enumerate(EPOCHS[1:3]):
         x = part(views(N, seed=20 + i), rank, world)
         labels = labels_of(N, seed=i).chunk(world)[rank] if "online" in kind else None
         loss = simclr_v2.train_step(net, optimizer, x, labels, epoch, args)[0]
         record |= {f"mean loss {i}": loss.clone()}
-    assert sum("gradient" in key for key in record) == 2 * sum(
-        len(group["params"]) for group in optimizer.param_groups)
+    assert done()
     for key, x in model.state_dict().items():
         if x.is_floating_point():
             record[f"each {key}"] = in_order(x) if key == "queue" else x.clone()
@@ -1355,56 +1280,27 @@ def network_steps(kind, rank=0, world=1):
 alone = functools.cache(network_steps)
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    results, ours = {}, simclr_v2.gather_with_gradient
-    for world in WORLDS:
-        if rank >= world:
-            continue
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store{world}", world),
-                                rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=60))
-        assert (simclr_v2.rank(), simclr_v2.world_size()) == (rank, world)
-        results[world, "inputs"] = on_inputs(rank, world)
-        results[world, "one image each"] = on_inputs(rank, world, n=4)
-        for kind in KINDS:
-            results[world, kind] = network_steps(kind, rank, world)
-        for which in TEXTBOOK if world > 1 else ():
-            loss = functools.partial(textbook, which=which)
-            results[world, "textbook", which] = on_inputs(rank, world, loss=loss, memory=False)
-        for which in GATHERS if world > 1 else ():
-            simclr_v2.gather_with_gradient = lambda x, which=which: Gather.apply(x, which)
-            results[world, "inputs", which] = on_inputs(rank, world, memory=False)
-            results[world, "plain", which] = network_steps("plain", rank, world)
-            simclr_v2.gather_with_gradient = ours
-        dist.barrier()
-        time.sleep(0.5)  # else torch 2.6's Gloo may deadlock: see main() in simsiam.py
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/rank{rank}.pt")
+def worker(rank, world):
+    assert (simclr_v2.rank(), simclr_v2.world_size()) == (rank, world)
+    ours = simclr_v2.gather_with_gradient
+    results = {("inputs",): on_inputs(rank, world),
+               ("one image each",): on_inputs(rank, world, n=4)}
+    for kind in KINDS:
+        results[kind,] = network_steps(kind, rank, world)
+    for which in TEXTBOOK if world > 1 else ():
+        loss = functools.partial(textbook, which=which)
+        results["textbook", which] = on_inputs(rank, world, loss=loss, memory=False)
+    for which in GATHERS if world > 1 else ():
+        simclr_v2.gather_with_gradient = lambda x, which=which: Gather.apply(x, which)
+        results["inputs", which] = on_inputs(rank, world, memory=False)
+        results["plain", which] = network_steps("plain", rank, world)
+        simclr_v2.gather_with_gradient = ours
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What four processes computed, as one of four, two and one: they start once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = mp.get_context("forkserver")  # it imports once what four processes need
-    context.set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2"])
-    mp.start_processes(worker, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
-
-
-def differs(ranks, reference, world, *key):
-    """The largest differences from one process: of mean losses, gradients, weights."""
-    worst = {"mean": 0.0, "gradient": 0.0, "each": 0.0}
-    parts = [ranks[rank][world, *key] for rank in range(world)]
-    assert all(found.keys() == reference.keys() for found in parts)
-    for entry, expected in reference.items():
-        kind, values = entry.split()[0], [found[entry] for found in parts]
-        if kind != "each":
-            values = [sum(values) / world if kind == "mean" else torch.cat(values)]
-        kind = "gradient" if "gradient" in entry or kind == "split" else kind
-        worst[kind] = max(worst[kind], *(furthest([value], [expected]) for value in values))
-    return worst
+    return on_ranks(worker, tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 @pytest.mark.parametrize("world", WORLDS)

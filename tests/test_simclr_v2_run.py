@@ -1,13 +1,13 @@
 """simclr_v2.py as a program, in short: ranks, kill and resume, its three stages, mistakes."""
 
 import math
-import signal
 import time
 
 import pytest
 import torch
 from conftest import (
-    finish, records, run, saved_step, send, start, wait_for_step, weights, write_images)
+    assert_close_runs, assert_one_sentence, assert_same_weights, kill_at_step, losses, program,
+    records, run, weights)
 
 import simclr_v2
 
@@ -17,18 +17,7 @@ SMALL = ["--recipe", "demo", "--width", "0.125", "--image-size", "16", "--dim", 
 TUNE = ["--workers", "0", "--precision", "fp32", "--recipe", "demo", "--batch-size", "4", "--epochs", "2",
         "--log-every", "1"]
 FIRST = ["--workers", "0", "--precision", "fp32", "--steps", "1", "--fresh", "--knn-every", "0"]
-
-
-def main(*args):
-    return simclr_v2.main([*map(str, args)])
-
-
-def losses(out):
-    return [line["loss"] for line in records(out)]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+main = program(simclr_v2)
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +42,17 @@ def test_two_processes_are_the_same_run_as_one(flags, classes, tmp_path):
     args = ["--data", classes, *SMALL, *flags, "--precision", "fp64", "--steps", "3"]
     assert main(*args, "--out", tmp_path / "one") == 0
     run("simclr_v2.py", *args, "--out", tmp_path / "two", processes=2)
-    for name in ("loss", "contrast_top1", "online_train_top1"):
-        one, two = ([line[name] for line in records(tmp_path / n)] for n in ("one", "two"))
-        assert len(one) == 3 and one == pytest.approx(two, rel=0, abs=1e-10), name
-    torch.testing.assert_close(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=0, atol=1e-10)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 3, "contrast_top1", "online_train_top1")
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(classes, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(classes, tmp_path):
     args = ["--data", classes, *SMALL, "--epochs", "12", "--queue", "32"]
-    running = start("simclr_v2.py", *args, "--out", tmp_path / "killed")
-    wait_for_step(tmp_path / "killed" / "log.jsonl", 10, running)
-    send(running, signal.SIGKILL)
-    finish(running)
-    assert 0 < saved_step(tmp_path / "killed") < 36
+    assert 0 < kill_at_step(10, "simclr_v2.py", *args, out=tmp_path / "killed", fork=True) < 36
     for name in ("killed", "whole"):
         assert main(*args, "--out", tmp_path / name) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 36
-    assert same(weights(tmp_path / "killed").values(), weights(tmp_path / "whole").values())
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_the_log_has_the_monitors_and_says_the_numbers_of_steps(classes, tmp_path, capsys):
@@ -148,7 +130,7 @@ def test_finetuning_resumes_to_the_same_bits_and_takes_its_list_back(trained, tu
         assert main(*args, "--labels", 0.25, "--steps", steps, "--out", tmp_path / "paused") == 0
     assert main(*args, "--labels", tuned / "labels.txt", "--out", tmp_path / "list") == 0
     for name in ("paused", "list"):
-        assert same(weights(tmp_path / name).values(), weights(tuned).values())
+        assert_same_weights(tmp_path / name, tuned)
     assert main(*args, "--labels", 0.5, "--out", tmp_path / "paused") == 2
 
 
@@ -195,7 +177,7 @@ def test_a_student_learns_from_the_teacher_without_labels(tuned, classes, photos
         for line in records(tmp_path / out):
             assert line["loss"] >= line["floor"] - 1e-6  # the teacher's entropy
     assert "at temperature 0.1" in capsys.readouterr().out  # self-distillation
-    assert same(weights(tuned).values(), before.values())
+    assert all(torch.equal(x, before[name]) for name, x in weights(tuned).items())
     first, *_, last = records(tmp_path / "labelled", "top1")
     assert "teacher_top1" in first and "teacher_top1" not in last
     assert first["teacher_top1"] == records(tuned, "top1")[-1]["top1"]
@@ -222,7 +204,7 @@ def test_distillation_resumes_and_runs_on_two_processes(tuned, classes, tmp_path
         assert main(*args, "--steps", steps, "--out", tmp_path / "paused") == 0
     run("simclr_v2.py", *args, "--out", tmp_path / "two", processes=2)
     assert main(*args, "--out", tmp_path / "whole") == 0
-    assert same(weights(tmp_path / "paused").values(), weights(tmp_path / "whole").values())
+    assert_same_weights(tmp_path / "paused", tmp_path / "whole")
     for name in ("loss", "floor", "agree"):
         one, two = ([line[name] for line in records(tmp_path / n)] for n in ("whole", "two"))
         assert one == pytest.approx(two, rel=0, abs=1e-9)
@@ -300,8 +282,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(mistake, trained, tuned, tm
     if "official" in flags:
         torch.save({"arch": "resnet50", "state_dict": {}}, trained / "official.pth")
     assert main(*flags.format(r=trained, t=tuned).split(), "--out", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+    assert_one_sentence(capsys, sentence)
 
 
 @pytest.mark.slow

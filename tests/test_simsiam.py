@@ -13,9 +13,9 @@ from torch import nn
 
 import simsiam
 from common import resnet
+from helpers import DOUBLE, assert_fields
 from simsiam import SimSiam, simsiam_loss
 
-DOUBLE = torch.float64
 
 
 def parse(*flags, dtype=torch.float32):
@@ -398,7 +398,7 @@ def test_hidden_width_is_that_of_the_backbone_unless_given():  # sheet 2: the hi
         assert widths(model) == [(512, 2048), (2048, 2048)]
 
 
-def test_numbers_of_parameters_of_resnet_50():  # sheet 2
+def test_numbers_of_parameters_of_resnet_50_are_the_sheets():  # sheet 2
     def count(module, trainable=False):
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
@@ -708,13 +708,6 @@ LINEAR_CIFAR = dict(  # sheet 4: PatrickHua
     optimizer="sgd", base_lr=30, batch_size=256, momentum=0.9, weight_decay=0, epochs=100)
 
 
-def assert_fields(args, expected):
-    for name, value in expected.items():
-        parsed = getattr(args, name)
-        parsed = tuple(parsed) if isinstance(parsed, list) else parsed
-        assert parsed == value, f"{name}: {parsed}, expected {value}"
-
-
 @pytest.mark.parametrize("flags, expected", [
     ("--recipe imagenet", IMAGENET), ("--data /data/imagenet", IMAGENET),
     ("--recipe cifar", CIFAR), ("--data cifar10", CIFAR), ("--data cifar100", CIFAR),
@@ -764,7 +757,7 @@ def test_a_flag_overrides_its_field_and_no_other(flags, expected):
     assert expected.items() - {**IMAGENET, "precision": "auto"}.items()  # really another value
 
 
-def test_docstring_lists_the_departures():
+def test_the_docstring_lists_the_departures():
     text = " ".join(simsiam.__doc__.split())
     assert "2011.10566" in text
     paper, code = re.search(r"Departures from the paper: (.+?)\. "

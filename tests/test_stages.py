@@ -6,19 +6,13 @@ import shutil
 import pytest
 import torch
 import torchvision
-from conftest import TINY, write_images
+from conftest import TINY, losses, program, records, write_images
 
 import common
 import simsiam
 
 
-def main(*args):
-    return simsiam.main([*map(str, args)])
-
-
-def log(out, kind):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in line]
+main = program(simsiam)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +89,10 @@ def test_linear_evaluation_changes_not_one_bit_of_the_encoder(optimizer, base_lr
     names = [name for name in before if name.startswith("encoder.")]  # buffers included
     assert len(names) > 40 and all(torch.equal(before[name], after[name]) for name in names)
     assert after["fc.bias"].abs().sum() > 0  # LARC adapts the bias too, from a raw first step
-    top1 = log(tmp_path, "top1")
+    top1 = records(tmp_path, "top1")
     assert [line["epoch"] for line in top1] == [0, 1, 2, 3]
     assert "frozen encoder (eval mode)" in capsys.readouterr().out
-    lr = [line["lr"] for line in log(tmp_path, "loss")]
+    lr = [line["lr"] for line in records(tmp_path, "loss")]
     assert lr[0] == base_lr * 12 / 256 and lr[-1] == pytest.approx(lr[0] * 0.25)  # cos(2 pi / 3)
 
 
@@ -123,7 +117,7 @@ def test_top1_is_an_exact_count(pretrained, classes, tmp_path):
     logits = e["features"][val] @ state["fc.weight"].T + state["fc.bias"]
     labels = torch.tensor(e["labels"])[val]
     right = sum(int(row.argmax() == label) for row, label in zip(logits, labels))
-    assert len(labels) == 12 and log(tmp_path, "top1")[-1]["top1"] == right / 12
+    assert len(labels) == 12 and records(tmp_path, "top1")[-1]["top1"] == right / 12
     assert [sorted(e["classes"]).index(path.split("/")[-2]) for path in e["paths"]] == e["labels"]
 
 
@@ -198,7 +192,7 @@ def test_every_ablation_runs_and_is_another_run(flags, healthy, classes, tmp_pat
     assert main(*TINY, "--data", classes, "--image-size", 16, "--out", tmp_path, "--epochs", 2,
                 "--log-every", 1, *flags.split()) == 0
     assert ABLATIONS[flags](seen[0])
-    ours, theirs = ([line["loss"] for line in log(out, "loss")] for out in (tmp_path, healthy))
+    ours, theirs = (losses(out) for out in (tmp_path, healthy))
     assert len(ours) == len(theirs) == 6 and ours != theirs
     state = torch.load(tmp_path / "last.pt")["model"]
     first = simsiam.SimSiam(common.resnet(10, 0.125, small_images=True), 16, 8, 0, 2)

@@ -12,18 +12,13 @@ import torch
 from torch import nn
 
 from common import VITS, sincos_table, vit
-
-DOUBLE = torch.float64
+from helpers import DOUBLE, count
 
 
 def on_meta(*args, **kwargs):
     """A network without memory, for counting."""
     with torch.device("meta"):
         return vit(*args, **kwargs)
-
-
-def count(module, trainable=None):
-    return sum(p.numel() for p in module.parameters() if trainable in (None, p.requires_grad))
 
 
 def shapes(module):
@@ -87,7 +82,7 @@ def test_sizes_are_the_papers(size, patch, dim, depth, heads, tokens, millions, 
     assert round(count(model, trainable=False) / 1e6, 3) == frozen
 
 
-def test_small_networks_of_ours():
+def test_our_small_networks_have_their_sizes():
     assert VITS["mini"] == (96, 3, 3) and VITS["tiny"] == (192, 12, 3)
     assert count(on_meta("tiny")) == backbone_count(192, 12, 16, 196)
     assert count(on_meta("mini", 32, 4)) == backbone_count(96, 3, 4, 64)
