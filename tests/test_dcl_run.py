@@ -161,3 +161,30 @@ def test_the_weights_of_dclw_are_in_the_log_and_1_on_average_of_all_processes(cl
         run("dcl.py", *args, "--negatives", negatives, "--out", tmp_path / negatives, processes=2)
         for line in records(tmp_path / negatives):
             assert line["w_min"] < line["w_mean"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("flags", [["--head-bn"], ["--no-head-bn"]])
+def test_the_head_and_the_queue_are_those_of_the_flags(flags, classes, tmp_path):
+    assert main("--data", classes, *SMALL, *flags, "--hidden-dim", 24, "--dim", 6, "--queue", 32,
+                "--steps", 1, "--out", tmp_path) == 0
+    state = weights(tmp_path)
+    head = {name: tuple(x.shape) for name, x in state.items() if name.startswith("projector")
+            and name.endswith("weight")}
+    assert [*head.values()] == ([(24, 64), (24,), (6, 24)] if flags == ["--head-bn"]
+                                else [(24, 64), (6, 24)])
+    assert state["queue"].shape == (32, 6) and state["oldest"] == 16
+
+
+def test_linear_evaluation_takes_its_flags(trained, classes, tmp_path):
+    args = ["linear", "--init", trained / "last.pt", "--data", classes, "--batch-size", 24,
+            "--epochs", 1, "--workers", 0, "--log-every", 1]
+    runs = {"plain": [], "crop": ["--crop-min", 1], "larc": ["--optimizer", "larc"],
+            "sgd": ["--momentum", 0.5, "--weight-decay", 0.25, "--base-lr", 2]}
+    for name, flags in runs.items():
+        assert main(*args, *flags, "--out", tmp_path / name) == 0
+    group = torch.load(tmp_path / "sgd" / "last.pt")["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
+    assert records(tmp_path / "sgd")[0]["lr"] == 2 * 24 / 256
+    assert losses(tmp_path / "crop")[0] != losses(tmp_path / "plain")[0]
+    assert losses(tmp_path / "larc")[0] == losses(tmp_path / "plain")[0]  # the first step's weights
+    assert losses(tmp_path / "larc")[1:] != losses(tmp_path / "plain")[1:]
