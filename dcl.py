@@ -22,8 +22,8 @@ negative, and does not compare with InfoNCE's. q_B is logged whatever is trained
 Departures and readings (more in the table of recipes): a loss is the mean over the 2N anchors (the
 paper's, as quoted: the sum); DCLW's weight is a constant (--dclw-backprop-weight: it is not), its
 mean the global batch's; both views pass together, so that batch norm sees 2N images, for every
-loss; kNN is by the backbone's features (the paper's protocol: unknown); ImageNet's recipe is that
-of 65.9 %, the abstract's 68.2 % had others (recalled: tau 0.2, base lr 0.07, BYOL's augmentation);
+loss; kNN is by the backbone's features (the paper's protocol: unknown); ImageNet's recipe aims at
+65.9 % (seed), not at the abstract's 68.2 % (recalled: tau 0.2, base lr 0.07, BYOL's augmentation);
 bfloat16 forward pass on hardware that has it. The queue (with tau 0.07, recalled) works as MoCo
 v2's (arXiv:2003.04297), with the recipe's own head and augmentation: one direction, queries of the
 first views, keys of the second ones from a momentum encoder, negatives random until it is full.
