@@ -1,6 +1,6 @@
 """DCL: Decoupled Contrastive Learning (Yeh, Hong, Hsu, Liu, Chen & LeCun, ECCV 2022).
 
-Paper: https://arxiv.org/abs/2110.06848. There is no official code. Of the paper's body we had the
+Paper: https://arxiv.org/abs/2110.06848. We found no official code, and of the paper's body had the
 equations and tables as others quote them; what is marked "recalled" stands on memory alone. Two
 views of N images, z = g(f(x)) / |g(f(x))| (encoder f, projection head g), temperature tau; for an
 anchor, say image i in view k:
@@ -15,25 +15,26 @@ anchor, say image i in view k:
 
 As d softplus(m) = sigmoid(m) dm, InfoNCE's gradient is DCL's times q_B, anchor by anchor: an
 anchor whose positive is easy (q_B near 0) hardly moves its negatives, however hard they are, and
-few negatives (small N) make U, and with it q_B, small. DCL drops the factor. A loss is a mean over
-the 2N anchors. DCL's may be negative, and does not compare with InfoNCE's; q_B is logged whatever
-is trained.
+few negatives (small N) make U, and with it q_B, small. DCL drops the factor; its value may be
+negative, and does not compare with InfoNCE's. q_B is logged whatever is trained: at temperature
+0.5 it is near 1 for every batch size (by our simulation), and the losses hardly differ.
 
-Where the temperature is 0.5, q_B is near 1 for every batch size and the losses hardly differ.
-
-Departures and readings: see the table of recipes for what is recalled; DCLW's weight is a constant
-(--dclw-backprop-weight: it is not), its mean is the global batch's; both views pass together, so
-that batch norm sees 2N images, for every loss; bfloat16 forward pass on hardware that has it.
-The queue works as MoCo v2's (arXiv:2003.04297), with the recipe's own head and augmentation: one
-direction, queries of the first views, keys of the second ones from a momentum encoder. MoCo shuffles
-the batch over the GPUs, lest a query tell its key by the batch norm statistics that they share; here
-both see the global batch, and nothing prevents it. While the queue fills, its keys are random.
+Departures and readings (more in the table of recipes): a loss is the mean over the 2N anchors (the
+paper's, as quoted: the sum); DCLW's weight is a constant (--dclw-backprop-weight: it is not), its
+mean the global batch's; both views pass together, so that batch norm sees 2N images, for every
+loss; kNN is by the backbone's features (the paper's protocol: unknown); ImageNet's recipe aims at
+65.9 % (seed), not at the abstract's 68.2 % (recalled: tau 0.2, base lr 0.07, BYOL's augmentation);
+bfloat16 forward pass on hardware that has it. The queue (with tau 0.07, recalled) works as MoCo
+v2's (arXiv:2003.04297), with the recipe's own head and augmentation: one direction, queries of the
+first views, keys of the second ones from a momentum encoder, negatives random until it is full.
+MoCo shuffles the batch over the GPUs, lest a query tell its key by the batch norm statistics that
+they share; here both see the global batch, and nothing prevents it.
 
     python dcl.py                                              # built-in images, a minute or two
     python dcl.py --loss infonce --out runs/infonce            # the same with InfoNCE, or dclw
     python dcl.py --data cifar10 --batch-size 32               # small batches; lr follows
     torchrun --nproc_per_node=8 dcl.py --data /data/imagenet   # batch 256
-    torchrun --nproc_per_node=8 dcl.py --data /data/imagenet --queue 256 --temperature 0.07  # recalled
+    torchrun --nproc_per_node=8 dcl.py --data /data/imagenet --queue 256 --temperature 0.07
     python dcl.py linear --init runs/dcl-demo/last.pt          # linear evaluation
     python dcl.py embed --init runs/dcl-demo/last.pt --data FOLDER   # features of a folder
 """
@@ -79,26 +80,25 @@ from common import BLOCKS, LARS, AllReduceSum, demo_images, resnet, synchronize_
 
 # Every field is also a flag (--temperature 0.1). "seed": an article that reports the paper's
 # tables; "recalled": from memory; CLD: frank-xwang/CLD-UnsupervisedLearning, whose benchmark the
-# paper's small data sets follow (recalled); "unknown": not in what we had, so our choice; the rest,
-# and the demo: our choice.
+# paper's small data sets follow (recalled); "unknown": not in what we had, so ours, as the rest is.
 RECIPE_NAMES = ("imagenet", "imagenet100", "stl10", "cifar", "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 PRETRAIN = {
     # ---------------- imagenet -- imagenet100 -- stl10 -- cifar -- demo
-    "arch": ("resnet50", "resnet50", "resnet18", "resnet18", "resnet10"),  # ResNet-18: seed;
-    #                    -50: recalled; on imagenet100 inferred, for its 80.7 % is beyond a ResNet-18
+    "arch": ("resnet50", "resnet50", "resnet18", "resnet18", "resnet10"),  # ResNet-18: seed; -50:
+    #                    recalled; on imagenet100 inferred, for its 80.7 % is beyond a ResNet-18
     "width":              (1.0, 1.0, 1.0, 1.0, 0.25),
     "small_images":       (False, False, True, True, True),  # a 3x3 stem: recalled for cifar, ours
     #                    for stl10; and no margin in the test view
     "zero_init_residual": (False,) * 5,        # unknown: torchvision's default
-    "hidden_dim":         (2048, 2048, 512, 512, 256),  # recalled: a head of two layers
+    "hidden_dim":         (2048, 2048, 512, 512, 256),  # two layers: recalled; their width: ours
     "dim":                (128,) * 5,          # of z. recalled
     "head_bn":            (True,) * 5,         # batch norm in the hidden layer: unknown, ours
     # ---------------- the losses
     "loss":               ("dcl",) * 5,        # infonce, dclw
     "temperature":        (0.1, 0.1, 0.07, 0.07, 0.1),  # tau. recalled (imagenet100: weakly)
     "sigma":              (0.5,) * 5,          # of DCLW's weight: lightly and others agree on it
-    "dclw_backprop_weight": (False,) * 5,      # the paper does not say
+    "dclw_backprop_weight": (False,) * 5,      # ours, as lightly; the paper, it says, names neither
     "negatives":          ("global",) * 5,     # of all processes; local: of this one
     "queue":              (0,) * 5,            # that many negatives from earlier batches, MoCo v2's
     "ema_momentum":       (0.999, 0.999, 0.99, 0.99, 0.99),  # of the queue's encoder: MoCo,
@@ -106,11 +106,12 @@ PRETRAIN = {
     # ---------------- optimisation: SGD
     "epochs":             (200, 200, 200, 200, 3),  # seed
     "batch_size":         (256, 256, 256, 256, 64),  # of all processes together. seed
-    "base_lr":            (0.03, 0.03, 0.03, 0.03, 0.5),  # lr: this * batch_size / 256. recalled,
-    #                    imagenet's weakly; imagenet100's is unknown
+    "base_lr":            (0.03, 0.03, 0.03, 0.03, 0.5),  # lr: this * batch_size / 256, cosine.
+    #                    recalled, imagenet's weakly; imagenet100's is unknown
     "warmup_epochs":      (0, 0, 0, 0, 0),     # unknown; CLD's: 5
     "momentum":           (0.9,) * 5,          # recalled for stl10 and cifar
-    "weight_decay":       (1e-4, 1e-4, 5e-4, 5e-4, 5e-4),  # unknown; 5e-4: CLD's default
+    "weight_decay":       (1e-4, 1e-4, 5e-4, 5e-4, 5e-4),  # unknown; 5e-4: CLD's default, not its
+    #                    scripts' 7e-4. Of biases and batch norms too, as lightly: unknown
     "precision":          ("auto",) * 5,       # auto: bf16 where native, else fp32: ours
     # ---------------- augmentation, the same for both views. SimCLR's; stl10 and cifar: CLD's, but
     #                    for cifar's mean and std, ours
@@ -170,8 +171,7 @@ def augment(x: Tensor, u: Tensor, args) -> Tensor:
 def build_encoder(args) -> nn.Module:
     """Images [B, 3, S, S] -> features [B, feature_dim]: f, what one keeps."""
     return resnet(int(args.arch.removeprefix("resnet")), args.width,
-                  small_images=args.small_images,
-                  zero_init_residual=args.zero_init_residual)
+                  small_images=args.small_images, zero_init_residual=args.zero_init_residual)
 
 
 class Contrast(nn.Module):
@@ -195,8 +195,8 @@ class Contrast(nn.Module):
             self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both views of N images [2N, 3, S, S], in one pass, for one batch norm over all -> z1, z2
-        [N, d]; with a queue z2 are the keys: the first views' z and the second views' keys."""
+        """Both views of N images [2N, 3, S, S] -> z1, z2 [N, d], in one pass, for one batch norm
+        over all; with a queue in two: the first views' z and the second views' keys."""
         if self.queue is None:
             return self.projector(self.encoder(x)).chunk(2)
         x1, x2 = x.chunk(2)
@@ -266,9 +266,8 @@ def dcl_loss(z1: Tensor, z2: Tensor, temperature: float, negatives: str = "globa
 
 
 def pair_weights(s: Tensor, sigma: float = 0.5, backprop: bool = False) -> Tensor:
-    """DCLW's w = 2 - exp(s / sigma) / mean exp(s / sigma) for this process's positives s [n] -> [n];
-    the mean is the global batch's. 1 on average, less for easy pairs; it may be negative. A constant
-    unless backprop: the paper does not say which."""
+    """DCLW's w = 2 - exp(s / sigma) / mean exp(s / sigma) of this process's positives, [n] -> [n];
+    the mean is the global batch's. w is 1 on average, less for easy pairs, and may be negative."""
     pairs = gather_with_gradient(s if backprop else s.detach())
     weights = 2 - len(pairs) * F.softmax(pairs / sigma, dim=0)
     return weights.unflatten(0, (-1, len(s)))[rank() if world_size() > 1 else 0]
@@ -350,13 +349,14 @@ def warmup_cosine(epoch: float, args) -> float:
 def loss_and_margins(z1: Tensor, z2: Tensor, queue: Tensor | None, args) -> tuple[Tensor, ...]:
     """The loss [] that --loss names, and without gradient the margins m [2n] (with a queue [n]) and
     DCLW's weights [n] (else none: [0])."""
-    if queue is not None:
-        m, w = queue_margins(z1, z2, queue, args.temperature), z1.new_empty(0)
-    else:
+    if queue is None:
         m, s = margins(z1, z2, args.temperature, args.negatives)
-        w = pair_weights(s, args.sigma, args.dclw_backprop_weight) if args.loss == "dclw" else s[:0]
-    terms = {"infonce": lambda: F.softplus(m), "dcl": lambda: m,
-             "dclw": lambda: weighted(m, s, w, args.temperature)}[args.loss]()
+    else:
+        m = queue_margins(z1, z2, queue, args.temperature)
+    w, terms = m[:0], F.softplus(m) if args.loss == "infonce" else m
+    if args.loss == "dclw":
+        w = pair_weights(s, args.sigma, args.dclw_backprop_weight)
+        terms = weighted(m, s, w, args.temperature)
     return terms.mean(), m.detach(), w.detach()
 
 
@@ -384,29 +384,27 @@ class CouplingMonitor:
     window: steps that a histogram covers, for one step of a small batch has too few anchors."""
 
     def __init__(self, window: int = 1):
-        self.sums = []  # a row a step: n, sum q, sum q^2, how many q < 0.1, sum m, sum softplus(m)
-        self.recent = collections.deque(maxlen=window)
+        self.sums, self.recent = [], collections.deque(maxlen=window)
 
     def add(self, m: Tensor) -> None:
         self.recent.append(m)
         m = m.double() if m.device.type != "mps" else m.float()
         q = m.sigmoid()
-        self.sums.append(torch.stack([torch.ones_like(q).sum(), q.sum(), q.square().sum(),
-                                      (q < 0.1).sum().to(q), m.sum(), F.softplus(m).sum()]))
+        self.sums.append(torch.stack([torch.ones_like(q), q, q.square(), (q < 0.1).to(q), m,
+                                      F.softplus(m)]).sum(dim=1))
 
     def read(self) -> dict[str, float]:
         """Means over the steps since the last reading; std and q_cv are taken within a step."""
-        n, *sums = sum_over_processes(torch.stack(self.sums)).unbind(1)
+        n, *sums = sum_over_processes(torch.stack(self.sums)).unbind(dim=1)
         self.sums = []
         mean, square, small, dcl, infonce = (part / n for part in sums)
         std = (square - mean.square()).clamp(min=0).sqrt()
-        return {name: value.mean().item() for name, value in (
-            ("q_mean", mean), ("q_std", std), ("q_cv", std / mean.clamp(min=1e-38)),
-            ("q_below_0.1", small),
-            ("dcl", dcl), ("infonce", infonce))}
+        found = {"q_mean": mean, "q_std": std, "q_cv": std / mean.clamp(min=1e-38),  # not 0 / 0
+                 "q_below_0.1": small, "dcl": dcl, "infonce": infonce}
+        return {name: value.mean().item() for name, value in found.items()}
 
     def histogram(self) -> list[int]:
-        """Anchors of the last `window` steps (of fewer after a start) in 50 bins of q_B in [0, 1]."""
+        """Anchors of the last `window` steps, or of those since the start, in 50 bins of [0, 1]."""
         q = torch.cat([*self.recent]).float().sigmoid().cpu()
         return sum_over_processes(torch.histc(q, bins=50, min=0, max=1)).int().tolist()
 
@@ -414,26 +412,26 @@ class CouplingMonitor:
 def pretrain(args) -> None:
     """Training over the whole data, with its monitors."""
     data = load_data(args)
-    if 0 < len(data.train) // args.batch_size * args.batch_size <= args.queue:
+    per_epoch = len(data.train) // args.batch_size
+    if args.queue >= per_epoch * args.batch_size:
         raise UserError(f"--queue {args.queue} is no less than an epoch: an image's own key of the "
                         f"epoch before would be among its negatives; {args.data} has "
                         f"{len(data.train)} images")
     model = Contrast(build_encoder(args), args.dim, args.hidden_dim, args.head_bn, args.queue)
     net = prepare(model, args)
     if args.queue and args.initial and all(n.startswith("encoder.") for n in args.initial.state):
-        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
+        # An encoder alone: the momentum encoder starts as its copy.
         model.key_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = build_optimizer(model, args)
     run = Run(args, data)
-    steps = args.epochs * (per_epoch := len(data.train) // args.batch_size)
     images = args.batch_size // (world_size() if args.negatives == "local" else 1)
     negatives = args.queue or 2 * (images - 1)
-    say(f"{args.loss}: {negatives} negatives an anchor; InfoNCE by chance "
+    say(f"{args.loss}: {negatives} negatives an anchor, batch {args.batch_size}; InfoNCE by chance "
         f"{math.log(negatives + 1):.2f}, DCL {math.log(negatives):.2f}, which has no least value")
-    # A histogram covers 4096 anchors at least, if the run has seen so many: ours, for 50 bins.
-    coupling = CouplingMonitor(window=-(-4096 // (args.batch_size * (1 if args.queue else 2))))
-    # A histogram of q_B at these shares of the run, by the step that ends them.
+    # Histograms of q_B at these shares of the run, of at least 4096 anchors, for 50 bins: ours.
+    steps = args.epochs * per_epoch
     marks = {max(1, round(share * steps)): share for share in (0.01, 0.1, 0.5, 1.0)}
+    coupling = CouplingMonitor(window=-(-4096 // (args.batch_size * (1 if args.queue else 2))))
 
     def step(batch, epoch):
         x = augment(batch.crops, batch.colours, args)
@@ -586,7 +584,7 @@ def check(args) -> None:
         return
     if args.hidden_dim == 0:
         raise UserError("--hidden-dim 0 leaves the head without a hidden layer: 1 at least")
-    if args.queue % args.batch_size or 0 < args.queue < 2:
+    if args.queue % args.batch_size:
         raise UserError(f"{flag['queue']} takes whole batches: a multiple of --batch-size "
                         f"{args.batch_size}")
     if args.queue and args.loss == "dclw":
@@ -1436,8 +1434,8 @@ def load_file(path: str, device="cpu"):
 
 
 def read_official(file: dict) -> tuple[dict, dict]:
-    raise UserError("this is another method's official checkpoint, and DCL has none: --init takes "
-                    "last.pt or encoder.pt of a run")
+    raise UserError("this is another method's official checkpoint, and we know none of DCL's: "
+                    "--init takes last.pt or encoder.pt of a run")
 
 
 # same as simsiam.py

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_augmentation import assert_same, each, images, torchvision_augment, uniform
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -347,6 +348,13 @@ def test_queue_margins_equal_a_loop_and_pass_gradient_to_the_query_alone(tau):
     assert half.dtype == torch.float32 and half.isfinite().all()
 
 
+def test_queue_margins_are_computed_in_float32_under_autocast():  # sheet 7, trap 9
+    (q, k), queue = embeddings(dtype=torch.float32), normalize(torch.randn(9, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = queue_margins(q, k, queue, 0.07)
+    assert ours.dtype == torch.float32 and torch.equal(ours, queue_margins(q, k, queue, 0.07))
+
+
 def test_a_queue_that_asks_for_gradient_gets_none():
     (q, k), queue = embeddings(), torch.eye(5, dtype=DOUBLE).requires_grad_()
     margin = queue_margins(q, k, queue, 0.1).sum()
@@ -479,6 +487,84 @@ def test_a_step_with_a_queue_moves_only_the_online_networks():
         assert torch.equal(p, before[name]) == name.startswith("key_"), name
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for name, p in model.named_parameters() if "key_" not in name}
+
+
+@pytest.mark.parametrize("tau", [0.07, 0.3])  # neither is the recipe's: bug B7
+def test_the_loss_trained_is_the_public_one_at_the_flags(tau):
+    z = embeddings()
+    for flags, expected in {
+            "--loss infonce": info_nce_loss(*z, tau), "--loss dcl": dcl_loss(*z, tau),
+            "--loss dclw --sigma 0.3": dclw_loss(*z, tau, 0.3),
+            "--loss dclw --dclw-backprop-weight": dclw_loss(*z, tau, backprop_weight=True)}.items():
+        args = parse("--recipe", "imagenet", *flags.split(), "--temperature", tau)
+        loss, m, w = dcl.loss_and_margins(*z, None, args)
+        both = [torch.autograd.grad(x, z) for x in (loss, expected)]
+        assert abs(loss - expected) < 1e-12 and furthest(*both) < 1e-12, flags
+        assert furthest([m], [margins(*z, tau)[0]]) == 0
+        assert not (m.requires_grad or w.requires_grad)
+        assert len(w) == (7 if "dclw" in flags else 0)
+
+
+@pytest.mark.parametrize("queue", [0, 16])
+def test_a_bfloat16_step_keeps_loss_weights_and_queue_in_float32(queue):
+    args = parse(*STEP.split(), "--queue", 64 * queue, "--batch-size", 16)
+    args.precision, args.dtype = "bf16", torch.float32
+    model = tiny_model(queue).float()
+    optimizer, before = dcl.build_optimizer(model, args), copy.deepcopy(model.state_dict())
+    loss, z, m, _ = dcl.train_step(model, optimizer, views().float(), 0.0, args)
+    assert z.dtype == torch.bfloat16 and loss.dtype == m.dtype == torch.float32
+    for name, x in model.state_dict().items():
+        assert x.dtype == before[name].dtype and x.isfinite().all(), name
+    assert not queue or (model.queue.norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def test_rate_rises_linearly_then_falls_as_half_a_cosine_by_the_flags():
+    args = parse("--batch-size", 128, "--base-lr", 0.4, "--epochs", 8, "--warmup-epochs", 4,
+                 "--momentum", 0.7, "--weight-decay", 0.02)
+    model = tiny_model()
+    optimizer = dcl.build_optimizer(model, args)
+    for epoch, share in ((0, 0), (1, 0.25), (2.5, 0.625), (4, 1), (6, 0.5), (7, 0.1464466)):
+        dcl.train_step(model, optimizer, views(), epoch, args)
+        group, = optimizer.param_groups
+        assert group["lr"] == pytest.approx(0.2 * share, abs=1e-7)
+        assert (group["momentum"], group["weight_decay"]) == (0.7, 0.02)
+
+
+# ------------------------------------------------------------------- augmentation, network by flags
+
+
+@pytest.mark.parametrize("flags", [
+    "--recipe imagenet", "--recipe cifar", "--recipe demo",
+    "--recipe imagenet --jitter 0.1 0.2 0.3 0.05 --jitter-prob 0.5 --gray-prob 0.6 --blur-prob 0.3"
+    " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6"])
+def test_augment_equals_torchvisions_chain(flags):
+    args = dcl.parse_args(flags.split())
+    x, u = images(48, 40), uniform(48, 12, seed=6)
+    before = x.clone()
+    assert_same(dcl.augment(x, u, args), each(torchvision_augment, x, u, args), 5e-5)
+    assert torch.equal(x, before)
+
+
+NETWORK = {  # flags: a layer and its shape
+    "": ("conv1", (64, 3, 7, 7)),
+    "--small-images": ("conv1", (64, 3, 3, 3)),
+    "--arch resnet18": ("layer4.1.conv2", (512, 512, 3, 3)),
+    "--width 0.5": ("conv1", (32, 3, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("flags", NETWORK)
+def test_encoder_is_the_one_of_the_flags(flags):
+    encoder = dcl.build_encoder(parse("--recipe", "imagenet", *flags.split()))
+    path, shape = NETWORK[flags]
+    assert encoder.get_submodule(path).weight.shape == shape
+    assert encoder.feature_dim == {"--arch resnet18": 512, "--width 0.5": 1024}.get(flags, 2048)
+
+
+def test_zero_init_residual_zeroes_the_last_norm_of_each_block():
+    for flag, zero in (("--zero-init-residual", True), ("--no-zero-init-residual", False)):
+        encoder = dcl.build_encoder(parse("--recipe", "demo", flag))
+        assert encoder.layer1[0].bn2.weight.any() != zero
 
 
 # ------------------------------------------------------------------------------- recipes, sheet 3

@@ -37,7 +37,7 @@ def test_local_negatives_are_another_run_and_their_number_is_said(classes, tmp_p
     args = ["--data", classes, *SMALL, "--precision", "fp64", "--steps", "1", "--negatives"]
     for which, count in (("local", 14), ("global", 30)):
         said = run("dcl.py", *args, which, "--out", tmp_path / which, processes=2)
-        assert f"dcl: {count} negatives an anchor" in said
+        assert f"dcl: {count} negatives an anchor, batch 16" in said
     assert losses(tmp_path / "local") != losses(tmp_path / "global")
 
 
@@ -83,6 +83,17 @@ def test_a_histogram_covers_the_last_steps_of_its_window():
     assert sum(counts) == 8 and counts[15] == counts[49] == 4
 
 
+def test_histograms_of_a_run_cover_4096_anchors_at_least(tmp_path, monkeypatch, capsys):
+    def show(window):
+        raise dcl.UserError(f"window {window}")
+
+    monkeypatch.setattr(dcl, "CouplingMonitor", show)
+    for queue, window in ((0, 22), (96, 43)):  # 4096 / 192 and 4096 / 96, rounded up
+        out = ["--out", tmp_path / f"{queue}"]
+        assert main(*SMALL, "--batch-size", 96, "--queue", queue, *out) == 2
+        assert f"window {window}\n" in capsys.readouterr().err
+
+
 def test_q_in_the_log_is_the_mean_of_the_steps_since_the_line_before(classes, tmp_path):
     args = ["--data", classes, *SMALL, "--epochs", 3, "--steps", 7]
     assert main(*args, "--out", tmp_path / "each") == 0
@@ -113,6 +124,7 @@ def test_pretraining_from_an_encoder_alone_starts_the_momentum_encoder_as_its_co
 MISTAKES = {
     "a queue of no whole batches": ("--queue 70 --batch-size 64", "a multiple of --batch-size 64"),
     "a queue as long as an epoch": ("--queue 4096 --batch-size 64", "no less than an epoch"),
+    "a queue just as long": ("--queue 3968 --batch-size 64", "no less than an epoch"),  # 62 steps
     "a weight for the queue": ("--queue 128 --loss dclw", "has no form for a queue"),
     "sigma of another loss": ("--sigma 0.3", "would change nothing here"),
     "negatives of a queue": ("--queue 128 --negatives local", "would change nothing here"),
@@ -121,7 +133,7 @@ MISTAKES = {
     "one image": ("--batch-size 1", "2 at least"),
     "an unknown loss": ("--loss ntxent", "invalid choice: 'ntxent'"),
     "temperature of 0": ("--temperature 0", "above 0"),
-    "another method's official file": ("linear --init {r}/official.pth", "DCL has none"),
+    "another method's official file": ("linear --init {r}/official.pth", "none of DCL"),
     "too narrow": ("--width 0.0625", "0.125 is the least"),
 }
 
@@ -146,3 +158,58 @@ def test_the_weights_of_dclw_are_in_the_log_and_1_on_average_of_all_processes(cl
         run("dcl.py", *args, "--negatives", negatives, "--out", tmp_path / negatives, processes=2)
         for line in records(tmp_path / negatives):
             assert line["w_min"] < line["w_mean"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("flags", [["--head-bn"], ["--no-head-bn"]])
+def test_the_head_and_the_queue_are_those_of_the_flags(flags, classes, tmp_path):
+    assert main("--data", classes, *SMALL, *flags, "--hidden-dim", 24, "--dim", 6, "--queue", 32,
+                "--steps", 1, "--out", tmp_path) == 0
+    state = weights(tmp_path)
+    head = {name: tuple(x.shape) for name, x in state.items() if name.startswith("projector")
+            and name.endswith("weight")}
+    assert [*head.values()] == ([(24, 64), (24,), (6, 24)] if flags == ["--head-bn"]
+                                else [(24, 64), (6, 24)])
+    assert state["queue"].shape == (32, 6) and state["oldest"] == 16
+
+
+def test_linear_evaluation_takes_its_flags(trained, classes, tmp_path, monkeypatch):
+    args = ["linear", "--init", trained / "last.pt", "--data", classes, "--batch-size", 24,
+            "--epochs", 1, "--workers", 0, "--log-every", 1]
+    runs = {"plain": [], "crop": ["--crop-min", 1], "larc": ["--optimizer", "larc"],
+            "parts": ["--accumulate", 3],
+            "sgd": ["--momentum", 0.5, "--weight-decay", 0.25, "--base-lr", 2]}
+    real, sizes = dcl.LinearProbe.forward, {name: [] for name in runs}
+    for name, flags in runs.items():
+        monkeypatch.setattr(dcl.LinearProbe, "forward", lambda net, x, name=name: (
+            sizes[name].append(len(x)), real(net, x))[1])
+        assert main(*args, *flags, "--out", tmp_path / name) == 0
+    assert sizes["plain"] == [24] * 2 and sizes["parts"] == [8] * 6
+    group = torch.load(tmp_path / "sgd" / "last.pt")["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
+    assert records(tmp_path / "sgd")[0]["lr"] == 2 * 24 / 256
+    assert losses(tmp_path / "crop")[0] != losses(tmp_path / "plain")[0]
+    assert losses(tmp_path / "larc")[0] == losses(tmp_path / "plain")[0]  # the first step's weights
+    assert losses(tmp_path / "larc")[1:] != losses(tmp_path / "plain")[1:]
+
+
+def test_flags_of_the_machinery_reach_it(classes, photos, tmp_path, monkeypatch):
+    votes, saved, compiled, workers = [], [], [], []
+    accuracy, save, loader = dcl.knn_accuracy, dcl.Run.save, dcl.DataLoader
+    monkeypatch.setattr(dcl, "knn_accuracy", lambda *a: (votes.append(a[4:]), accuracy(*a))[1])
+    monkeypatch.setattr(dcl.Run, "save", lambda *a, **state: (
+        saved.append(state["step"]), save(*a, **state)))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net))
+    monkeypatch.setattr(dcl, "DataLoader", lambda *a, **how: (
+        workers.append(how["num_workers"]), loader(*a, **how))[1])
+    args = ["--data", classes, *SMALL, "--steps", 2, "--base-lr", 1e-30]
+    assert main(*args, "--knn-every", 1, "--knn-k", 3, "--knn-temperature", 0.5, "--save-every", 0,
+                "--compile", "--out", tmp_path / "a") == 0
+    assert (votes, saved, len(compiled)) == ([(3, 0.5)], [1, 2, 2], 1)
+    assert main(*args, "--seed", 1, "--out", tmp_path / "b") == 0
+    assert (len(votes), saved[3:], len(compiled)) == (1, [2, 2], 1)  # without the flags
+    name = "encoder.conv1.weight"
+    assert not torch.equal(weights(tmp_path / "a")[name], weights(tmp_path / "b")[name])
+    assert workers == []  # these images live in memory
+    assert main("embed", "--init", tmp_path / "a" / "encoder.pt", "--data", photos, "--workers", 1,
+                "--out", tmp_path / "c") == 0
+    assert workers == [1]
