@@ -417,9 +417,9 @@ def pretrain(args) -> None:
             + (f", to 1 over {steps} steps" if args.tau_schedule == "cosine" else ", constant"))
 
     def step(batch, epoch):
-        number, tau = round(epoch * per_epoch), args.base_tau
+        tau = args.base_tau
         if args.tau_schedule == "cosine":
-            tau = ema_tau(number, steps, args.base_tau)
+            tau = ema_tau(round(epoch * per_epoch), steps, args.base_tau)
         loss, z = train_step(net, optimizer, *two_views(batch, args), epoch, tau, args)
         return loss, (z, tau)
 
@@ -576,13 +576,13 @@ def check(args) -> None:
         column = RECIPE_NAMES.index(args.recipe)
         if args.optimizer != PRETRAIN["optimizer"][column] and not (
                 {"base_lr", "weight_decay"} <= given):
-            raise UserError(f"{flag['optimizer']} takes a --base-lr and a --weight-decay of its own: "
-                            "about 0.2 and 1e-6 for lars, 1e-4 and 0.03 for adamw, 0.1 and 5e-4 for "
-                            "sgd")
+            raise UserError(f"{flag['optimizer']} takes a --base-lr and a --weight-decay of its "
+                            "own: about 0.2 and 1e-6 for lars, 1e-4 and 0.03 for adamw, 0.1 and "
+                            "5e-4 for sgd")
         if vit and args.optimizer == "lars" and "optimizer" not in given:
             raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not "
-                            f"for {args.arch}: give --optimizer adamw --base-lr 1e-4 --weight-decay "
-                            "0.03, as --recipe imagenet-vit has it")
+                            f"for {args.arch}: give --optimizer adamw --base-lr 1e-4 "
+                            "--weight-decay 0.03, as --recipe imagenet-vit has it")
         if args.hidden_dim == 0:
             raise UserError("--hidden-dim 0 leaves the heads without a hidden layer: 1 at least")
         for name in given & {"momentum", "predictor_lr_mult", "alpha", "base_tau", "tau_schedule"}:
@@ -696,8 +696,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is that
-    of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is
+    that of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
     if world_size() == 1:
         return x
     places = x.new_zeros(world_size(), *x.shape)
@@ -1443,8 +1443,8 @@ def load_file(path: str, device="cpu"):
 
 
 def read_official(file: dict) -> tuple[dict, dict]:
-    raise UserError("this is another method's official checkpoint; BYOL's are pickles of JAX arrays, "
-                    "which are not read: --init takes last.pt or encoder.pt of a run")
+    raise UserError("this is another method's official checkpoint; BYOL's are pickles of JAX "
+                    "arrays, which are not read: --init takes last.pt or encoder.pt of a run")
 
 
 # same as simsiam.py
@@ -1637,7 +1637,7 @@ def peak_memory(device: torch.device) -> float:
 
 def labelled(images: Images, args) -> Images:
     """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
-    seed, or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
+    seed, or those that a file lists, a line each, by file name (as in SimCLR's) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
@@ -1651,16 +1651,17 @@ def labelled(images: Images, args) -> Images:
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
         wanted = max(len(parts), round(share * sum(map(len, parts))))
-        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < wanted % len(parts)
-        picked = torch.cat([part[:wanted // len(parts) + one] for part, one in zip(parts, more)])
+        least, left = divmod(wanted, len(parts))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < left
+        picked = torch.cat([part[:least + one] for part, one in zip(parts, more)])
         picked = picked.sort()[0]
     else:
         try:
             with open(args.labels, "rb") as file:
                 lines = [os.fsdecode(line) for line in map(bytes.strip, file) if line]
         except (OSError, ValueError):
-            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file that "
-                            "lists images") from None
+            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file "
+                            "that lists images") from None
         places = {}  # of a name, and of a name without its folders: those of all such images
         for i, name in enumerate(map(os.fsdecode, images.names)):
             for known in {name, os.path.basename(name)}:
@@ -1731,11 +1732,12 @@ class Classifier(nn.Module):
 
 def classify(args) -> None:
     """Linear evaluation, and fine-tuning of the whole network, with some or all labels (App. C.1):
-    crops and flips, cross-entropy, SGD with Nesterov's momentum; cosine decay per step: the authors'
-    code."""
+    crops and flips, cross-entropy, SGD with Nesterov's momentum; authors' code: cosine decay per
+    step."""
     data = load_data(args, labels=True)
     data.train = everywhere(lambda: labelled(data.train, args))
-    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
+    names = b" ".join(map(os.fsencode, data.train.names))
+    data.digest += f"-{hashlib.sha256(names).hexdigest()[:8]}"
     frozen = args.stage == "linear"
     model = Classifier(build_encoder(args), len(data.classes), frozen)
     net = prepare(model, args)
@@ -1747,9 +1749,9 @@ def classify(args) -> None:
     on_rank_0(lambda: write_labels(run, data.train))
     say("protocol: " + ("linear classifier on the frozen encoder (eval mode)" if frozen else
                         "classifier and whole encoder, evaluated every --knn-every epochs")
-        + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / 256 "
-        f"= {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and flips; top-1 "
-        f"of the last epoch on {len(data.val)} val images")
+        + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / "
+        f"256 = {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and flips; "
+        f"top-1 of the last epoch on {len(data.val)} val images")
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
     fixed = []  # a frozen encoder's features of the val images: taken once
 
@@ -1808,7 +1810,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         setup(args)
-        {"pretrain": pretrain, "linear": classify, "finetune": classify, "embed": embed}[args.stage](args)
+        {"pretrain": pretrain, "linear": classify, "finetune": classify,
+         "embed": embed}[args.stage](args)
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
