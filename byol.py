@@ -27,16 +27,15 @@ bias, bottlenecks' last batch norms at zero (not so for the paper's numbers, say
 Departures (in brackets: the authors'): bfloat16 forward pass on hardware that has it; both networks
 start equal (from two seeds: no notable difference); crops of ten tries as torchvision's (one),
 resized bilinearly (bicubic), torchvision's colour operations (brightness by an offset, contrast
-around each channel's mean, saturation in HSV), solarisation from level 128 of 255 on (from 1/2);
+around each channel's mean, saturation in HSV), solarisation from level 128 of 255 on (1/2);
 symmetric padding of strided layers (TensorFlow's), no projection in the first shortcut of ResNet-18
-and -34 (one), He initialisation of convolutions, PyTorch's of heads (truncated normal, 1 /
+and -34 (one), convolutions initialised after He, heads as PyTorch does (truncated normal, 1 /
 sqrt(fan_in), biases 0; the scale does not matter, Sec. 5), running variances unbiased (biased);
-what is left over of an epoch is dropped (batches run across epochs); few labels are drawn by the
-seed (lists, which --labels takes), lr and epochs of linear evaluation and fine-tuning set
-beforehand (paper: chosen on images held out); in fine-tuning batch norm over all processes (each
-one's own); no linear classifier trained beside the loss: kNN in its place; a batch norm at the
-projector's output in the demo, and only there. Official checkpoints, pickles of JAX arrays that
-want the authors' package, are not read.
+what is left over of an epoch is dropped (batches run across epochs); few labels drawn by the seed
+(lists, which --labels takes), lr and epochs of linear evaluation and fine-tuning fixed (paper:
+chosen on images held out); in fine-tuning batch norm over all processes (each one's own); no linear
+classifier beside the loss, but kNN; a batch norm at the projector's output in the demo, and only
+there. Official checkpoints, pickles of JAX arrays that want the authors' package, are not read.
 
     python byol.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs; --recipe imagenet-300
@@ -44,8 +43,7 @@ want the authors' package, are not read.
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet --batch-size 512  # tau 0.996 ** (1/8)
     python byol.py --predictor none --out runs/collapse        # Table 5b; see README for the others
     python byol.py --base-tau 0 --tau-schedule constant --predictor-lr-mult 10 --out runs/table21
-    python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01   # 1 % of the labels
-    python byol.py finetune --init none --labels 0.01 --out runs/scratch  # the same from scratch
+    python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01  # --init none: from scratch
     python byol.py linear --init runs/byol-demo/last.pt        # linear evaluation
     python byol.py embed --init runs/byol-demo/last.pt --data FOLDER   # features of a folder
 """
@@ -102,8 +100,7 @@ PRETRAIN = {
     # ---------------- imagenet: 1000, 300, 100, 40 epochs --- vit ------ cifar ------- demo
     "arch":               ("resnet50",) * 4 + ("vit_small", "resnet18", "resnet10"),
     "width":              (1.0,) * 6 + (0.25,),  # of a ResNet. Table 1: 1 to 4
-    "small_images":       (False,) * 5 + (True, True),  # a ResNet's 3x3 stem. community: lightly;
-    #                    and no margin in the test view
+    "small_images":       (False,) * 5 + (True,) * 2,  # community, lightly: 3x3 stem; no test crop
     "zero_init_residual": (True,) * 7,         # of bottlenecks, not of basic blocks: authors' code
     "patch_size":         (16,) * 5 + (4, 8),  # of a ViT, pixels. arXiv:2104.02057, Table 2; ours
     "heads":              (0,) * 7,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
@@ -121,9 +118,8 @@ PRETRAIN = {
     "warmup_epochs":      (10.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),
     "momentum":           (0.9,) * 7,          # of LARS and SGD
     "weight_decay":       (1.5e-6, 1e-6, 1e-6, 1e-6, 0.03, 1e-6, 1e-6),
-    "base_tau":           (0.996, 0.99, 0.99, 0.97, 0.99, 0.996, 0.9),  # tau at the start, for this
-    #                    batch_size; another B takes tau ** (B / batch_size), which gives App. G's
-    #                    0.9995 for 512; the rule: arXiv:2307.13813 (recalled)
+    "base_tau":           (0.996, 0.99, 0.99, 0.97, 0.99, 0.996, 0.9),  # at the start. Of a batch B:
+    #                    tau ** (B / batch_size), App. G's at 512. Rule: arXiv:2307.13813 (recalled)
     "precision":          ("auto",) * 7,       # auto: bf16 where native, else fp32: ours
     # ---------------- augmentation, a pair for the views v and v' (App. B, Table 6)
     "image_size":         (224,) * 5 + (32, 32),  # pixels

@@ -526,6 +526,15 @@ def test_peak_learning_rates_and_optimizers_are_the_sheets(flags, peak):
             assert group["momentum"] == 0.9 and group["trust_coefficient"] == 0.001
 
 
+def test_compile_is_asked_for_by_its_flag(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compiled.append(net))
+    for flags in ((), ("--compile",)):
+        args = parse(*flags)
+        net = byol.prepare(tiny_model(), args)
+        assert compiled == [net] * len(flags)
+
+
 # --------------------------------------------------------------------- several processes equal one
 
 N, WORLDS = 8, (4, 2, 1)
