@@ -19,22 +19,23 @@ collapses (Table 5b); so it does with tau = 0, unless the predictor learns faste
 
 Each view passes alone, through either network in train mode: four forward passes, each with its own
 batch norm statistics. xi is an average of parameters; the target's running statistics are of its
-own batches, and serve --init-encoder target_encoder alone. Both networks start equal (authors'
-code: from two random seeds; no notable difference, it says). One keeps the online encoder.
+own batches, and serve --init-encoder target_encoder alone. One keeps the online encoder.
 
-Where paper and authors' code differ, the code's settings are used, for the published checkpoints
-are its: last layers of the heads without bias, bottlenecks' last batch norms at zero.
+Where paper and authors' code differ, the code's settings are used: last layers of the heads without
+bias, bottlenecks' last batch norms at zero (not so for the paper's numbers, says its README).
 
-Departures: bfloat16 forward pass on hardware that has it; crops of ten tries as torchvision's
-(there: one), resized bilinearly (there: bicubic), torchvision's colour operations (there:
-brightness by an offset, contrast around each channel's mean, saturation in HSV), solarisation from
-level 128 of 255 on (there: from 1/2); symmetric padding of strided layers (there: TensorFlow's), no
-projection in the first shortcut of ResNet-18 and -34 (there: one), He initialisation (there:
-truncated normal, 1 / sqrt(fan_in); its scale does not matter, Sec. 5); what is left over of an
-epoch is dropped (there: batches run across epochs); in fine-tuning batch norm over all processes
-(there: each one's own); no linear classifier trained beside the loss: kNN in its place; a batch
-norm at the projector's output in the demo, and only there. Official checkpoints, pickles of JAX
-arrays that want the authors' package, are not read.
+Departures (in brackets: the authors'): bfloat16 forward pass on hardware that has it; both networks
+start equal (from two seeds: no notable difference); crops of ten tries as torchvision's (one),
+resized bilinearly (bicubic), torchvision's colour operations (brightness by an offset, contrast
+around each channel's mean, saturation in HSV), solarisation from level 128 of 255 on (1/2);
+symmetric padding of strided layers (TensorFlow's), no projection in the first shortcut of ResNet-18
+and -34 (one), convolutions initialised after He, heads as PyTorch does (truncated normal, 1 /
+sqrt(fan_in), biases 0; the scale does not matter, Sec. 5), running variances unbiased (biased);
+what is left over of an epoch is dropped (batches run across epochs); few labels drawn by the seed
+(lists, which --labels takes), lr and epochs of linear evaluation and fine-tuning fixed (paper:
+chosen on images held out); in fine-tuning batch norm over all processes (each one's own); no linear
+classifier beside the loss, but kNN; a batch norm at the projector's output in the demo, and only
+there. Official checkpoints, pickles of JAX arrays that want the authors' package, are not read.
 
     python byol.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs; --recipe imagenet-300
@@ -42,8 +43,7 @@ arrays that want the authors' package, are not read.
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet --batch-size 512  # tau 0.996 ** (1/8)
     python byol.py --predictor none --out runs/collapse        # Table 5b; see README for the others
     python byol.py --base-tau 0 --tau-schedule constant --predictor-lr-mult 10 --out runs/table21
-    python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01   # 1 % of the labels
-    python byol.py finetune --init none --labels 0.01 --out runs/scratch  # the same from scratch
+    python byol.py finetune --init runs/byol-demo/last.pt --labels 0.01  # --init none: from scratch
     python byol.py linear --init runs/byol-demo/last.pt        # linear evaluation
     python byol.py embed --init runs/byol-demo/last.pt --data FOLDER   # features of a folder
 """
@@ -95,15 +95,14 @@ from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synch
 RECIPE_NAMES = ("imagenet", "imagenet-300", "imagenet-100", "imagenet-40", "imagenet-vit", "cifar",
                 "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # community: solo-learn
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's own
 PRETRAIN = {
     # ---------------- imagenet: 1000, 300, 100, 40 epochs --- vit ------ cifar ------- demo
     "arch":               ("resnet50",) * 4 + ("vit_small", "resnet18", "resnet10"),
     "width":              (1.0,) * 6 + (0.25,),  # of a ResNet. Table 1: 1 to 4
-    "small_images":       (False,) * 5 + (True, True),  # a ResNet's 3x3 stem. community: lightly;
-    #                    and no margin in the test view
+    "small_images":       (False,) * 5 + (True,) * 2,  # community, lightly: 3x3 stem; no test crop
     "zero_init_residual": (True,) * 7,         # of bottlenecks, not of basic blocks: authors' code
-    "patch_size":         (16,) * 5 + (4, 8),  # of a ViT, pixels
+    "patch_size":         (16,) * 5 + (4, 8),  # of a ViT, pixels. arXiv:2104.02057, Table 2; ours
     "heads":              (0,) * 7,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
     "patch_projection":   ("frozen",) * 7,     # of a ViT. arXiv:2104.02057, Sec. 4.2
     "hidden_dim":         (4096,) * 6 + (512,),  # of both heads: authors' code
@@ -119,8 +118,8 @@ PRETRAIN = {
     "warmup_epochs":      (10.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),
     "momentum":           (0.9,) * 7,          # of LARS and SGD
     "weight_decay":       (1.5e-6, 1e-6, 1e-6, 1e-6, 0.03, 1e-6, 1e-6),
-    "base_tau":           (0.996, 0.99, 0.99, 0.97, 0.99, 0.996, 0.9),  # tau at the start, for this
-    #                    batch_size; another B takes tau ** (B / batch_size), as App. G does
+    "base_tau":           (0.996, 0.99, 0.99, 0.97, 0.99, 0.996, 0.9),  # at the start. Of a batch B:
+    #                    tau ** (B / batch_size), App. G's at 512. Rule: arXiv:2307.13813 (recalled)
     "precision":          ("auto",) * 7,       # auto: bf16 where native, else fp32: ours
     # ---------------- augmentation, a pair for the views v and v' (App. B, Table 6)
     "image_size":         (224,) * 5 + (32, 32),  # pixels
@@ -156,9 +155,9 @@ LINEAR = {  # authors' code. ViT, CIFAR and demo: our choice
     "crop_min":           (0.08,) * 6 + (1.0,),  # in the demo the crops' features differ too much
     "precision":          ("auto",) * 7,
 }
-FINETUNE = {**LINEAR,  # batch 1024: App. C.1, which takes the best of 30, 50 epochs and of lr .01 .02
-            # .05 .1 .005 (before or after the factor batch_size / 256, it does not say) on images
-            # held out. Which of these: our choice; CIFAR and demo: our choice throughout
+FINETUNE = {**LINEAR,  # batch 1024: App. C.1, which takes the best of 30, 50 epochs and of lr .005
+            # .01 .02 .05 .1 (before or after the factor batch_size / 256 it does not say) on images
+            # held out. Which of these: our choice; ViT, CIFAR and demo: our choice throughout
             "labels": ("0.01",) * 7,
             "base_lr": (0.02,) * 5 + (0.1, 0.5),
             "epochs": (50,) * 5 + (50, 30),
@@ -286,8 +285,8 @@ def byol_loss(p: Tensor, z: Tensor, *, stop_grad: bool = True) -> Tensor:
     """One direction of Eq. (2), |p / |p| - z / |z||^2 = 2 - 2 cos(p, z): the mean over the images.
 
     Predictions p and the target's projections z (z' in the paper) of the other view, [B, d] of one
-    process -> [], in float32 at least. The whole loss is the *sum* of two directions, in [0, 8],
-    about 4 at random (Sec. 3.1). The mean over processes is the global batch's.
+    process -> [], in float32 at least. The whole loss is the *sum* of two directions (Sec. 3.1): in
+    [0, 8], about 4 at random. The mean over processes is the global batch's.
     """
     return 2 - 2 * (unit(p) * unit(z.detach() if stop_grad else z)).sum(dim=1).mean()
 
@@ -298,7 +297,7 @@ def negatives_loss(p: Tensor, z: Tensor, z_same: Tensor, alpha: float) -> Tensor
 
     p, z, z_same [B, d] of one process -> []; the targets are those of all processes, with gradient
     where they have one. At beta 1, byol_loss + beta * this is InfoNCE times 2 alpha, plus 2
-    (App. F.5; that views of the own kind count among the negatives: recalled).
+    (Tables 5b, 19; that views of the own kind count among the negatives: App. F.5, recalled).
     """
     with torch.autocast(p.device.type, enabled=False):  # which would round the products
         other, same = (unit(p) @ gather_with_gradient(unit(t)).T / alpha for t in (z, z_same))
@@ -414,9 +413,9 @@ def pretrain(args) -> None:
             + (f", to 1 over {steps} steps" if args.tau_schedule == "cosine" else ", constant"))
 
     def step(batch, epoch):
-        number, tau = round(epoch * per_epoch), args.base_tau
+        tau = args.base_tau
         if args.tau_schedule == "cosine":
-            tau = ema_tau(number, steps, args.base_tau)
+            tau = ema_tau(round(epoch * per_epoch), steps, args.base_tau)
         loss, z = train_step(net, optimizer, *two_views(batch, args), epoch, tau, args)
         return loss, (z, tau)
 
@@ -573,13 +572,13 @@ def check(args) -> None:
         column = RECIPE_NAMES.index(args.recipe)
         if args.optimizer != PRETRAIN["optimizer"][column] and not (
                 {"base_lr", "weight_decay"} <= given):
-            raise UserError(f"{flag['optimizer']} takes a --base-lr and a --weight-decay of its own: "
-                            "about 0.2 and 1e-6 for lars, 1e-4 and 0.03 for adamw, 0.1 and 5e-4 for "
-                            "sgd")
+            raise UserError(f"{flag['optimizer']} takes a --base-lr and a --weight-decay of its "
+                            "own: about 0.2 and 1e-6 for lars, 1e-4 and 0.03 for adamw, 0.1 and "
+                            "5e-4 for sgd")
         if vit and args.optimizer == "lars" and "optimizer" not in given:
             raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not "
-                            f"for {args.arch}: give --optimizer adamw --base-lr 1e-4 --weight-decay "
-                            "0.03, as --recipe imagenet-vit has it")
+                            f"for {args.arch}: give --optimizer adamw --base-lr 1e-4 "
+                            "--weight-decay 0.03, as --recipe imagenet-vit has it")
         if args.hidden_dim == 0:
             raise UserError("--hidden-dim 0 leaves the heads without a hidden layer: 1 at least")
         for name in given & {"momentum", "predictor_lr_mult", "alpha", "base_tau", "tau_schedule"}:
@@ -587,7 +586,7 @@ def check(args) -> None:
                 "predictor_lr_mult": args.predictor == "none"}.get(name, args.target == "online"):
                 raise UserError(f"{flag[name]} would change nothing here")
         args.recipe_batch = PRETRAIN["batch_size"][column]
-        if "base_tau" not in given:  # App. G: 0.996 at batch 4096 is 0.9995 at 512
+        if "base_tau" not in given:  # gives App. G's 0.9995 at 512, of 0.996 at 4096; see PRETRAIN
             args.base_tau **= args.batch_size / args.recipe_batch
     if vit:
         args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
@@ -693,8 +692,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is that
-    of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is
+    that of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
     if world_size() == 1:
         return x
     places = x.new_zeros(world_size(), *x.shape)
@@ -1440,8 +1439,8 @@ def load_file(path: str, device="cpu"):
 
 
 def read_official(file: dict) -> tuple[dict, dict]:
-    raise UserError("this is another method's official checkpoint; BYOL's are pickles of JAX arrays, "
-                    "which are not read: --init takes last.pt or encoder.pt of a run")
+    raise UserError("this is another method's official checkpoint; BYOL's are pickles of JAX "
+                    "arrays, which are not read: --init takes last.pt or encoder.pt of a run")
 
 
 # same as simsiam.py
@@ -1634,7 +1633,7 @@ def peak_memory(device: torch.device) -> float:
 
 def labelled(images: Images, args) -> Images:
     """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
-    seed, or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
+    seed, or those that a file lists, a line each, by file name (as in SimCLR's) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
@@ -1648,16 +1647,17 @@ def labelled(images: Images, args) -> Images:
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
         wanted = max(len(parts), round(share * sum(map(len, parts))))
-        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < wanted % len(parts)
-        picked = torch.cat([part[:wanted // len(parts) + one] for part, one in zip(parts, more)])
+        least, left = divmod(wanted, len(parts))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < left
+        picked = torch.cat([part[:least + one] for part, one in zip(parts, more)])
         picked = picked.sort()[0]
     else:
         try:
             with open(args.labels, "rb") as file:
                 lines = [os.fsdecode(line) for line in map(bytes.strip, file) if line]
         except (OSError, ValueError):
-            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file that "
-                            "lists images") from None
+            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file "
+                            "that lists images") from None
         places = {}  # of a name, and of a name without its folders: those of all such images
         for i, name in enumerate(map(os.fsdecode, images.names)):
             for known in {name, os.path.basename(name)}:
@@ -1712,7 +1712,7 @@ class Classifier(nn.Module):
         if frozen:
             encoder.requires_grad_(False)
         self.fc = nn.Linear(encoder.feature_dim, classes)
-        nn.init.normal_(self.fc.weight, std=0.01)  # as in simsiam.py: MoCo's code
+        nn.init.normal_(self.fc.weight, std=0.01)  # as in simsiam.py: MoCo; BYOL: fan_in ** -0.5
         nn.init.zeros_(self.fc.bias)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -1728,10 +1728,12 @@ class Classifier(nn.Module):
 
 def classify(args) -> None:
     """Linear evaluation, and fine-tuning of the whole network, with some or all labels (App. C.1):
-    crops and flips, cross-entropy, SGD with Nesterov's momentum, cosine decay per step."""
+    crops and flips, cross-entropy, SGD with Nesterov's momentum; authors' code: cosine decay per
+    step."""
     data = load_data(args, labels=True)
     data.train = everywhere(lambda: labelled(data.train, args))
-    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
+    names = b" ".join(map(os.fsencode, data.train.names))
+    data.digest += f"-{hashlib.sha256(names).hexdigest()[:8]}"
     frozen = args.stage == "linear"
     model = Classifier(build_encoder(args), len(data.classes), frozen)
     net = prepare(model, args)
@@ -1743,9 +1745,9 @@ def classify(args) -> None:
     on_rank_0(lambda: write_labels(run, data.train))
     say("protocol: " + ("linear classifier on the frozen encoder (eval mode)" if frozen else
                         "classifier and whole encoder, evaluated every --knn-every epochs")
-        + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / 256 "
-        f"= {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and flips; top-1 "
-        f"of the last epoch on {len(data.val)} val images")
+        + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / "
+        f"256 = {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and flips; "
+        f"top-1 of the last epoch on {len(data.val)} val images")
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
     fixed = []  # a frozen encoder's features of the val images: taken once
 
@@ -1804,7 +1806,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         setup(args)
-        {"pretrain": pretrain, "linear": classify, "finetune": classify, "embed": embed}[args.stage](args)
+        {"pretrain": pretrain, "linear": classify, "finetune": classify,
+         "embed": embed}[args.stage](args)
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",

@@ -696,8 +696,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 # same as byol.py
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is that
-    of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is
+    that of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
     if world_size() == 1:
         return x
     places = x.new_zeros(world_size(), *x.shape)

@@ -855,8 +855,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 # same as byol.py
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is that
-    of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
+    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is
+    that of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
     if world_size() == 1:
         return x
     places = x.new_zeros(world_size(), *x.shape)
@@ -1788,7 +1788,7 @@ def peak_memory(device: torch.device) -> float:
 # same as byol.py
 def labelled(images: Images, args) -> Images:
     """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
-    seed, or those that a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
+    seed, or those that a file lists, a line each, by file name (as in SimCLR's) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
@@ -1802,16 +1802,17 @@ def labelled(images: Images, args) -> Images:
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
         wanted = max(len(parts), round(share * sum(map(len, parts))))
-        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < wanted % len(parts)
-        picked = torch.cat([part[:wanted // len(parts) + one] for part, one in zip(parts, more)])
+        least, left = divmod(wanted, len(parts))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < left
+        picked = torch.cat([part[:least + one] for part, one in zip(parts, more)])
         picked = picked.sort()[0]
     else:
         try:
             with open(args.labels, "rb") as file:
                 lines = [os.fsdecode(line) for line in map(bytes.strip, file) if line]
         except (OSError, ValueError):
-            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file that "
-                            "lists images") from None
+            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file "
+                            "that lists images") from None
         places = {}  # of a name, and of a name without its folders: those of all such images
         for i, name in enumerate(map(os.fsdecode, images.names)):
             for known in {name, os.path.basename(name)}:

@@ -175,7 +175,7 @@ def slow_negatives(p, z, z_same, alpha, mistake=""):
     return factor.get(mistake, 2 * alpha) * total / n
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.005, 0.01, 0.05, 0.1, 0.3, 1.0])
 def test_negatives_equal_a_double_loop_and_complete_infonce(alpha):  # Table 5b; sheet 5
     inputs = p, z, _ = embeddings(7, 4)
     ours, slow = negatives_loss(*inputs, alpha), slow_negatives(*inputs, alpha)
@@ -499,6 +499,15 @@ def test_peak_learning_rates_and_optimizers_are_the_sheets(flags, peak):
         if "vit" not in flags:
             assert group["exclude_1d"] and not group["lr_in_momentum"]
             assert group["momentum"] == 0.9 and group["trust_coefficient"] == 0.001
+
+
+def test_compile_is_asked_for_by_its_flag(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compiled.append(net))
+    for flags in ((), ("--compile",)):
+        args = parse(*flags)
+        net = byol.prepare(tiny_model(), args)
+        assert compiled == [net] * len(flags)
 
 
 # --------------------------------------------------------------------- several processes equal one

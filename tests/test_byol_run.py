@@ -18,6 +18,11 @@ TUNE = ["--workers", "0", "--precision", "fp32", "--batch-size", "2", "--epochs"
 main = program(byol)
 
 
+def differ(a, b):
+    """Of two networks' weights."""
+    return a.keys() != b.keys() or not same(a.values(), b.values())
+
+
 @pytest.fixture(scope="module")
 def trained(classes, tmp_path_factory):
     """Two epochs of three steps on 48 images of three classes, 16 px."""
@@ -113,6 +118,48 @@ def test_every_ablation_trains(classes, tmp_path):
         assert main("--data", classes, *small, *flags.split(), "--steps", 2, "--warmup-epochs", 0.5,
                     "--out", out) == 0, flags
         assert len(losses(out)) == 2 and losses(out)[0] != losses(out)[1]
+
+
+VIT = "--arch vit_mini --patch-size 8 --optimizer adamw --base-lr 1e-3 --weight-decay 0.03"
+EFFECTS = {  # what is common to two runs: the flags, each by itself, that must tell them apart
+    "": ("--arch resnet18", "--width 0.25", "--no-small-images", "--zero-init-residual",
+         "--hidden-dim 24", "--dim 4", "--no-output-bn", "--predictor none", "--target online",
+         "--optimizer sgd --base-lr 2 --weight-decay 1e-6", "--epochs 4", "--batch-size 24",
+         "--base-lr 1", "--warmup-epochs 0.5", "--momentum 0.5", "--weight-decay 0.1",
+         "--base-tau 0.5", "--tau-schedule constant", "--predictor-lr-mult 3", "--precision fp64",
+         "--image-size 24", "--crop-min 0.9", "--flip-prob 0", "--jitter 0 0 0 0",
+         "--jitter-prob 0", "--gray-prob 1", "--solarize-prob 0 1", "--mean 0 0 0", "--std 1 1 1",
+         "--beta 1", "--seed 1"),
+    "--beta 1": ("--alpha 0.3",), "--image-size 32": ("--blur-prob 0 1",),  # one tap at 16 px
+    VIT: ("--patch-size 4", "--heads 2", "--patch-projection learned")}
+
+
+def test_every_flag_of_pretraining_changes_the_run(classes, tmp_path):
+    def result(flags):
+        out = tmp_path / f"{len([*tmp_path.iterdir()])}"
+        small = SMALL[:2] + SMALL[4:] if "vit" in flags else SMALL
+        assert main("--data", classes, *small, "--warmup-epochs", 0.25, *flags.split(), "--steps", 2,
+                    "--out", out) == 0, flags
+        return weights(out)
+
+    for common, variants in EFFECTS.items():
+        plain = result(common)
+        assert not differ(plain, result(common))
+        for flags in variants:
+            assert differ(plain, result(f"{common} {flags}")), flags
+
+
+def test_the_monitors_take_their_flags_and_the_online_projections(classes, tmp_path, monkeypatch):
+    asked, seen, plain = [], [], byol.feature_std
+    monkeypatch.setattr(byol, "knn_accuracy", lambda *x: asked.append(x[4:]) or 0.5)
+    monkeypatch.setattr(byol, "feature_std", lambda z: seen.append(z) or plain(z))
+    assert main("--data", classes, *SMALL, "--knn-every", 1, "--knn-k", 7, "--knn-temperature", 0.3,
+                "--steps", 1, "--out", tmp_path) == 0
+    assert asked == [(7, 0.3)]
+    line, (z,) = records(tmp_path)[0], seen
+    assert z.shape == (16, 8) and line["std"] == plain(z)
+    assert line["rank"] == byol.effective_rank(z)
+    assert line["z_norm"] == pytest.approx(sum(row.norm().item() for row in z) / 16, rel=1e-6)
 
 
 def test_without_flips_every_crop_is_as_the_image_was():
@@ -266,6 +313,66 @@ def test_finetuning_resumes_to_the_same_bits_and_refuses_other_labels(trained, c
     assert main(*args, "--labels", 0.25, "--out", tmp_path / "whole") == 0
     assert_same_weights(tmp_path / "paused", tmp_path / "whole")
     assert main(*args, "--labels", 0.5, "--out", tmp_path / "whole") == 2
+
+
+TUNED = {  # as EFFECTS
+    "--init {last}": ("--base-lr 0.3", "--epochs 3", "--batch-size 4", "--momentum 0",
+                      "--weight-decay 0.5", "--crop-min 0.2", "--precision fp64", "--labels 0.25",
+                      "--init-encoder target_encoder", "--seed 1"),
+    "--init none --recipe demo --width 0.125 --image-size 16": (
+        "--arch resnet18", "--width 0.25", "--no-small-images", "--zero-init-residual",
+        "--image-size 24", "--mean 0 0 0", "--std 1 1 1")}
+
+
+@pytest.mark.parametrize("stage", ["linear", "finetune"])
+def test_every_flag_of_the_later_stages_changes_the_run(stage, trained, classes, tmp_path):
+    def result(flags):
+        out = tmp_path / f"{len([*tmp_path.iterdir()])}"
+        assert main(stage, "--data", classes, *TUNE, "--labels", 1, *flags.format(
+            last=trained / "last.pt").split(), "--steps", 2, "--out", out) == 0, flags
+        return weights(out)
+
+    for common, variants in TUNED.items():
+        plain = result(common)
+        assert not differ(plain, result(common))
+        for flags in variants:
+            assert differ(plain, result(f"{common} {flags}")), flags
+
+
+@pytest.mark.parametrize("stage", ["linear", "finetune"])
+def test_later_stages_train_by_nesterov_and_half_a_cosine(stage, classes, tmp_path, monkeypatch):
+    def fit(args, run, data, model, optimizer, step, monitor, evaluate, views):
+        group, = optimizer.param_groups  # App. C.1, and the authors' code for the cosine
+        assert type(optimizer) is torch.optim.SGD and group["nesterov"] and views == 1
+        assert (group["momentum"], group["weight_decay"]) == (0.9, 0)
+        part = model.fc if stage == "linear" else model
+        assert {*map(id, group["params"])} == {*map(id, part.parameters())}
+        batch = next(byol.batches(args, data.train, 0, 1, 1))
+        for done, share in ((0, 1), (0.25, (1 + 0.5 ** 0.5) / 2), (0.5, 0.5), (1, 0)):
+            step(batch, done * args.epochs)
+            assert group["lr"] == pytest.approx(3 * 8 / 256 * share, abs=1e-12)
+
+    monkeypatch.setattr(byol, "fit", fit)
+    assert main(stage, "--init", "none", "--data", classes, *TUNE, "--labels", 1, "--recipe", "demo",
+                "--width", 0.125, "--image-size", 16, "--batch-size", 8, "--base-lr", 3, "--out",
+                tmp_path) == 0
+
+
+@pytest.mark.parametrize("stage", ["linear", "finetune"])
+def test_top1_is_the_share_of_val_images_that_the_saved_network_gets_right(
+        stage, trained, classes, tmp_path):  # users.md, B21, B22: 12 images, in eval mode
+    assert main(stage, "--init", trained / "last.pt", "--data", classes, *TUNE, "--labels", 1,
+                "--base-lr", 3, "--batch-size", 5, "--out", tmp_path) == 0
+    args = byol.parse_args([*SMALL, "--data", str(classes)])
+    args.device, args.dtype = torch.device("cpu"), torch.float32
+    val = byol.load_data(args, labels=True).val
+    model = byol.Classifier(byol.build_encoder(args), 3, frozen=True).eval()
+    model.load_state_dict(weights(tmp_path))
+    x = (val.pixels / 255 - 0.5) / 0.25  # 16 px as they are
+    with torch.no_grad():
+        right = model(x).argmax(1) == val.labels
+    assert records(tmp_path, "top1")[-1]["top1"] == right.sum().item() / 12
+    assert 0 < right.sum() < 12
 
 
 def test_the_target_encoder_can_be_evaluated(trained, photos, tmp_path):
