@@ -10,15 +10,16 @@ is written from the paper). Algorithm 1, in the paper's letters:
     L = D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2  # Eq. (4), where D(p, z) = -cos(p, z), Eq. (1)
     update f and h by SGD on L                 # sg = stop-gradient: z counts as a constant
 
-No negatives, no momentum encoder: sg and h alone keep the output from collapsing (Sec. 4.1, 4.2).
-Where paper and authors' code differ, the code's settings are used, for the published numbers are
-its: output BN without scale and shift, hidden width of the projector that of the backbone, blur
-with probability 0.5, cosine decay per epoch, LARC with base lr 0.1 for the linear evaluation.
+No negatives, no momentum encoder; without sg, or without h, the output collapses (Sec. 4.1, 4.2).
+Where the paper differs or is silent, the settings of the authors' code are used, which made the
+published checkpoints: output BN without scale and shift, hidden width of the projector that of the
+backbone, blur with probability 0.5, cosine decay per epoch, LARC with base lr 0.1 in linear.
 
-Departures from the paper: bfloat16 forward pass on hardware that has it (paper: float32).
-Departures from the authors' code: lr scaled by the batch of all nodes (there: of one node);
-Gaussian blur sampled at 23 taps (there: PIL's approximation); colours in floating point (there:
-rounded to 8 bits after each operation). Paper and code report no kNN: that monitor is ours.
+Departures from the authors' code: bfloat16 forward pass on hardware that has it (there: float32);
+lr scaled by the batch of all nodes (there: of one node); Gaussian blur sampled at 23 taps (there:
+PIL's approximation); colours in floating point (there: rounded to 8 bits after each operation);
+linear top-1 of the last epoch (there: of the best on val); kNN monitor (there: none; the paper
+plots one, Fig. 2 and D.1, but its settings here are the community's).
 
     python simsiam.py                                             # built-in images, about a minute
     torchrun --nproc_per_node=8 simsiam.py --data /data/imagenet  # the paper's recipe
@@ -72,7 +73,7 @@ PRETRAIN = {
     # ------------------------- imagenet -- cifar ------ demo
     "arch":                   ("resnet50", "resnet18", "resnet10"),  # Sec. 3 | App. D
     "width":                  (1.0, 1.0, 0.25),                      # channels relative to ResNet's
-    "small_images":           (False, True, True),                   # App. D: 3x3 stem, no pooling
+    "small_images":           (False, True, True),                   # App. D; 3x3 stem: community
     "zero_init_residual":     (True, True, False),                   # App. A | ours: as App. A
     "projector_layers":       (3, 2, 2),                             # Sec. 3 | App. D
     "hidden_dim":             (0, 2048, 0),         # 0: the backbone's width, authors' code; Sec. 3
@@ -82,8 +83,8 @@ PRETRAIN = {
     # ------------------------- optimisation
     "epochs":                 (100, 800, 8),        # Sec. 3 | App. D
     "batch_size":             (512, 512, 32),       # all processes together. Sec. 3 | App. D
-    "base_lr":                (0.05, 0.03, 0.48),   # lr: base_lr * batch_size / 256. Sec. 3 | App. D
-    "warmup_epochs":          (0, 0, 0),            # 10 from batch 1024 on: Sec. 4.3; --bn none: 4.4
+    "base_lr":                (0.05, 0.03, 0.48),   # lr = base_lr * batch / 256. Sec. 3 | App. D
+    "warmup_epochs":          (0, 0, 0),            # 10 from batch 1024 on: Sec. 4.3; no BN: 4.4
     "momentum":               (0.9, 0.9, 0.9),      # Sec. 3 | App. D
     "weight_decay":           (1e-4, 5e-4, 5e-4),   # on BN and biases too. App. A | App. D
     "precision":              ("auto", "auto", "auto"),  # auto: bf16 where native, else fp32: ours
@@ -100,7 +101,7 @@ PRETRAIN = {
     # ------------------------- ablations
     "stop_grad":              (True, True, True),                    # Sec. 4.1, Fig. 2
     "predictor":              ("mlp", "mlp", "mlp"),                 # Table 1: none, frozen
-    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c) | our choice
+    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c) | ours: the same
     "bn":                     ("default", "default", "default"),     # Table 3: none, hidden, all
     "similarity":             ("cosine", "cosine", "cosine"),        # Sec. 4.5: cross-entropy
     "symmetric":              (True, True, True),                    # Sec. 4.6
@@ -111,13 +112,13 @@ PRETRAIN = {
 LINEAR = {
     # ------------------------- imagenet -- cifar --- demo     authors' code | community: PatrickHua
     "optimizer":              ("larc", "sgd", "sgd"),   # larc: trust ratio for the bias too
-    "base_lr":                (0.1, 30.0, 3.0),         # App. A: .02, which gives less in PyTorch
+    "base_lr":                (0.1, 30.0, 3.0),         # App. A: .02, on TPUs: authors' issue 13
     "epochs":                 (90, 100, 30),
     "batch_size":             (4096, 256, 256),
     "momentum":               (0.9, 0.9, 0.9),
     "weight_decay":           (0.0, 0.0, 0.0),
     "crop_min":               (0.08, 0.08, 0.4),        # torchvision's default
-    "precision":              ("auto", "auto", "auto"),
+    "precision":              ("auto", "auto", "auto"),  # ours
 }
 TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "embed": {"precision": ("auto", "auto", "auto")}}
 CHOICES = {
@@ -265,8 +266,8 @@ def build_optimizer(model: SimSiam, args) -> torch.optim.SGD:
 def cosine_decay(epoch: float, args) -> float:
     """The lr as a share of its start: a half cosine, constant within an epoch (authors' code).
 
-    A warm-up, where asked for, grows step by step from 0 to the full lr, from which the cosine falls over
-    the epochs left. The first step of a warm-up has lr 0, and no epoch of the cosine has.
+    A warm-up (Sec. 4.3; how it rises is ours) grows with every step from 0; then the cosine falls
+    over the epochs left. A constant lr of h has no warm-up either (authors' issue 11).
     """
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
