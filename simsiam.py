@@ -158,7 +158,7 @@ def build_encoder(args) -> nn.Module:
                   zero_init_residual=args.zero_init_residual)
 
 
-def fc(in_dim: int, out_dim: int, bn: bool, relu: bool = True) -> list[nn.Module]:
+def fc(in_dim: int, out_dim: int, bn: bool) -> list[nn.Module]:
     """A hidden layer of a head. With BN the fc has no bias, for BN would cancel it."""
     norm = [nn.BatchNorm1d(out_dim)] if bn else []
     return [nn.Linear(in_dim, out_dim, bias=not bn), *norm, nn.ReLU(inplace=True)]
@@ -167,8 +167,8 @@ def fc(in_dim: int, out_dim: int, bn: bool, relu: bool = True) -> list[nn.Module
 class SimSiam(nn.Module):
     """f = projector(encoder(.)) and h = predictor(.) of Algorithm 1 (Sec. 3).
 
-    encoder maps images [B, 3, S, S] to [B, encoder.feature_dim]. bn is a row of Table 3; predictor
-    "none" or "frozen" (at its random initialisation) one of Table 1 (a) and (b).
+    encoder: images [B, 3, S, S] -> [B, encoder.feature_dim]; hidden_dim 0: the same. bn: a row of
+    Table 3. predictor "none" or "frozen" (at its random initialisation): Table 1 (a) and (b).
     """
 
     def __init__(self, encoder: nn.Module, dim: int = 2048, predictor_dim: int = 512,
@@ -190,8 +190,10 @@ class SimSiam(nn.Module):
             output.bias.requires_grad_(False)
         self.predictor = nn.Identity()
         if predictor != "none":  # a bottleneck; no BN or ReLU at its output (Sec. 3)
-            layers = [*fc(dim, predictor_dim, bn=bn != "none"), nn.Linear(predictor_dim, dim)]
-            self.predictor = nn.Sequential(*layers, *([nn.BatchNorm1d(dim)] if bn == "all" else []))
+            hidden = fc(dim, predictor_dim, bn=bn != "none")
+            self.predictor = nn.Sequential(*hidden, nn.Linear(predictor_dim, dim))
+            if bn == "all":
+                self.predictor.append(nn.BatchNorm1d(dim))
         self.predictor.requires_grad_(predictor == "mlp")
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1512,9 +1514,10 @@ def main(argv: list[str] | None = None) -> int:
         {"pretrain": pretrain, "linear": linear, "embed": embed}[args.stage](args)
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+        sentences = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                     KeyboardInterrupt: "interrupted; what was saved is whole"}
         if rank() == 0:
+            sentence = sentences.get(type(error), error)
             print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
