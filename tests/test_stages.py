@@ -353,3 +353,25 @@ def test_the_flags_make_up_for_what_a_bare_encoder_does_not_say(classes, tmp_pat
         found.append(torch.load(tmp_path / "e" / "features.pt")["features"])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert not torch.allclose(found[0], found[3])
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (torch.OutOfMemoryError("CUDA"), "the device is out of memory: lower --batch-size"),
+    (KeyboardInterrupt(), "interrupted; what was saved is whole"),
+    (simsiam.UserError("no such thing"), "no such thing")])
+def test_what_ends_a_run_is_one_sentence_and_exit_code_2(error, sentence, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(simsiam, "pretrain", fail)
+    assert main("--device", "cpu") == 2
+    assert capsys.readouterr().err == f"simsiam.py: {sentence}\n"
+
+
+def test_the_linear_classifier_starts_near_nought():  # fact sheet, section 4: N(0, .01), bias 0
+    torch.manual_seed(0)
+    probe = simsiam.LinearProbe(common.resnet(10), 100)
+    assert probe.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert probe.fc.bias.tolist() == [0] * 100
+    assert not any(p.requires_grad for p in probe.encoder.parameters())
+    assert probe.train().fc.training and not probe.encoder.training
