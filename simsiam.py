@@ -154,8 +154,7 @@ def augment(x: Tensor, u: Tensor, args) -> Tensor:
 def build_encoder(args) -> nn.Module:
     """Images [B, 3, S, S] -> features [B, feature_dim]: f without its projector, what one keeps."""
     return resnet(int(args.arch.removeprefix("resnet")), args.width,
-                  small_images=args.small_images,
-                  zero_init_residual=args.zero_init_residual)
+                  small_images=args.small_images, zero_init_residual=args.zero_init_residual)
 
 
 def fc(in_dim: int, out_dim: int, bn: bool) -> list[nn.Module]:
