@@ -347,12 +347,14 @@ def test_the_flags_make_up_for_what_a_bare_encoder_does_not_say(classes, tmp_pat
     flags += ["--recipe", "demo", "--width", 0.125]
     found = []
     for init, more in (("run/last.pt", []), ("run/encoder.pt", []), ("bare.pt", flags),
-                       ("bare.pt", [*flags, "--mean", 0.1, 0.2, 0.4])):
+                       ("bare.pt", [*flags, "--mean", 0.1, 0.2, 0.4]),
+                       ("bare.pt", [*flags, "--std", 0.4, 0.5, 0.7]),
+                       ("bare.pt", [*flags, "--image-size", 16])):
         assert main("embed", "--init", tmp_path / init, *more, "--data", classes, "--workers", 0,
                     "--precision", "fp32", "--out", tmp_path / "e") == 0
         found.append(torch.load(tmp_path / "e" / "features.pt")["features"])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert not torch.allclose(found[0], found[3])
+    assert not any(torch.allclose(found[0], other) for other in found[3:])
 
 
 @pytest.mark.parametrize("error, sentence", [
