@@ -10,15 +10,16 @@ is written from the paper). Algorithm 1, in the paper's letters:
     L = D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2  # Eq. (4), where D(p, z) = -cos(p, z), Eq. (1)
     update f and h by SGD on L                 # sg = stop-gradient: z counts as a constant
 
-No negatives, no momentum encoder: sg and h alone keep the output from collapsing (Sec. 4.1, 4.2).
-Where paper and authors' code differ, the code's settings are used, for the published numbers are
-its: output BN without scale and shift, hidden width of the projector that of the backbone, blur
-with probability 0.5, cosine decay per epoch, LARC with base lr 0.1 for the linear evaluation.
+No negatives, no momentum encoder; without sg, or without h, the output collapses (Sec. 4.1, 4.2).
+Where the paper differs or is silent, the settings of the authors' code are used, which made the
+published checkpoints: output BN without scale and shift, hidden width of the projector that of the
+backbone, blur with probability 0.5, cosine decay per epoch, LARC with base lr 0.1 in linear.
 
-Departures from the paper: bfloat16 forward pass on hardware that has it (paper: float32).
-Departures from the authors' code: lr scaled by the batch of all nodes (there: of one node);
-Gaussian blur sampled at 23 taps (there: PIL's approximation); colours in floating point (there:
-rounded to 8 bits after each operation). Paper and code report no kNN: that monitor is ours.
+Departures from the authors' code: bfloat16 forward pass on hardware that has it (there: float32);
+lr scaled by the batch of all nodes (there: of one node); Gaussian blur sampled at 23 taps (there:
+PIL's approximation); colours in floating point (there: rounded to 8 bits after each operation);
+linear top-1 of the last epoch (there: of the best on val); kNN monitor (there: none; the paper
+plots one, Fig. 2 and D.1, but its settings here are the community's).
 
     python simsiam.py                                             # built-in images, about a minute
     torchrun --nproc_per_node=8 simsiam.py --data /data/imagenet  # the paper's recipe
@@ -72,7 +73,7 @@ PRETRAIN = {
     # ------------------------- imagenet -- cifar ------ demo
     "arch":                   ("resnet50", "resnet18", "resnet10"),  # Sec. 3 | App. D
     "width":                  (1.0, 1.0, 0.25),                      # channels relative to ResNet's
-    "small_images":           (False, True, True),                   # App. D: 3x3 stem, no pooling
+    "small_images":           (False, True, True),                   # App. D; 3x3 stem: community
     "zero_init_residual":     (True, True, False),                   # App. A | ours: as App. A
     "projector_layers":       (3, 2, 2),                             # Sec. 3 | App. D
     "hidden_dim":             (0, 2048, 0),         # 0: the backbone's width, authors' code; Sec. 3
@@ -82,8 +83,8 @@ PRETRAIN = {
     # ------------------------- optimisation
     "epochs":                 (100, 800, 8),        # Sec. 3 | App. D
     "batch_size":             (512, 512, 32),       # all processes together. Sec. 3 | App. D
-    "base_lr":                (0.05, 0.03, 0.48),   # lr: base_lr * batch_size / 256. Sec. 3 | App. D
-    "warmup_epochs":          (0, 0, 0),            # 10 from batch 1024 on: Sec. 4.3; --bn none: 4.4
+    "base_lr":                (0.05, 0.03, 0.48),   # lr = base_lr * batch / 256. Sec. 3 | App. D
+    "warmup_epochs":          (0, 0, 0),            # 10 from batch 1024 on: Sec. 4.3; no BN: 4.4
     "momentum":               (0.9, 0.9, 0.9),      # Sec. 3 | App. D
     "weight_decay":           (1e-4, 5e-4, 5e-4),   # on BN and biases too. App. A | App. D
     "precision":              ("auto", "auto", "auto"),  # auto: bf16 where native, else fp32: ours
@@ -100,7 +101,7 @@ PRETRAIN = {
     # ------------------------- ablations
     "stop_grad":              (True, True, True),                    # Sec. 4.1, Fig. 2
     "predictor":              ("mlp", "mlp", "mlp"),                 # Table 1: none, frozen
-    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c) | our choice
+    "predictor_lr":           ("constant", "constant", "constant"),  # Table 1 (c) | ours: the same
     "bn":                     ("default", "default", "default"),     # Table 3: none, hidden, all
     "similarity":             ("cosine", "cosine", "cosine"),        # Sec. 4.5: cross-entropy
     "symmetric":              (True, True, True),                    # Sec. 4.6
@@ -111,13 +112,13 @@ PRETRAIN = {
 LINEAR = {
     # ------------------------- imagenet -- cifar --- demo     authors' code | community: PatrickHua
     "optimizer":              ("larc", "sgd", "sgd"),   # larc: trust ratio for the bias too
-    "base_lr":                (0.1, 30.0, 3.0),         # App. A: .02, which gives less in PyTorch
+    "base_lr":                (0.1, 30.0, 3.0),         # App. A: .02, on TPUs: authors' issue 13
     "epochs":                 (90, 100, 30),
     "batch_size":             (4096, 256, 256),
     "momentum":               (0.9, 0.9, 0.9),
     "weight_decay":           (0.0, 0.0, 0.0),
     "crop_min":               (0.08, 0.08, 0.4),        # torchvision's default
-    "precision":              ("auto", "auto", "auto"),
+    "precision":              ("auto", "auto", "auto"),  # ours
 }
 TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "embed": {"precision": ("auto", "auto", "auto")}}
 CHOICES = {
@@ -153,11 +154,10 @@ def augment(x: Tensor, u: Tensor, args) -> Tensor:
 def build_encoder(args) -> nn.Module:
     """Images [B, 3, S, S] -> features [B, feature_dim]: f without its projector, what one keeps."""
     return resnet(int(args.arch.removeprefix("resnet")), args.width,
-                  small_images=args.small_images,
-                  zero_init_residual=args.zero_init_residual)
+                  small_images=args.small_images, zero_init_residual=args.zero_init_residual)
 
 
-def fc(in_dim: int, out_dim: int, bn: bool, relu: bool = True) -> list[nn.Module]:
+def fc(in_dim: int, out_dim: int, bn: bool) -> list[nn.Module]:
     """A hidden layer of a head. With BN the fc has no bias, for BN would cancel it."""
     norm = [nn.BatchNorm1d(out_dim)] if bn else []
     return [nn.Linear(in_dim, out_dim, bias=not bn), *norm, nn.ReLU(inplace=True)]
@@ -166,8 +166,8 @@ def fc(in_dim: int, out_dim: int, bn: bool, relu: bool = True) -> list[nn.Module
 class SimSiam(nn.Module):
     """f = projector(encoder(.)) and h = predictor(.) of Algorithm 1 (Sec. 3).
 
-    encoder maps images [B, 3, S, S] to [B, encoder.feature_dim]. bn is a row of Table 3; predictor
-    "none" or "frozen" (at its random initialisation) one of Table 1 (a) and (b).
+    encoder: images [B, 3, S, S] -> [B, encoder.feature_dim]; hidden_dim 0: the same. bn: a row of
+    Table 3. predictor "none" or "frozen" (at its random initialisation): Table 1 (a) and (b).
     """
 
     def __init__(self, encoder: nn.Module, dim: int = 2048, predictor_dim: int = 512,
@@ -189,8 +189,10 @@ class SimSiam(nn.Module):
             output.bias.requires_grad_(False)
         self.predictor = nn.Identity()
         if predictor != "none":  # a bottleneck; no BN or ReLU at its output (Sec. 3)
-            layers = [*fc(dim, predictor_dim, bn=bn != "none"), nn.Linear(predictor_dim, dim)]
-            self.predictor = nn.Sequential(*layers, *([nn.BatchNorm1d(dim)] if bn == "all" else []))
+            hidden = fc(dim, predictor_dim, bn=bn != "none")
+            self.predictor = nn.Sequential(*hidden, nn.Linear(predictor_dim, dim))
+            if bn == "all":
+                self.predictor.append(nn.BatchNorm1d(dim))
         self.predictor.requires_grad_(predictor == "mlp")
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,8 +267,8 @@ def build_optimizer(model: SimSiam, args) -> torch.optim.SGD:
 def cosine_decay(epoch: float, args) -> float:
     """The lr as a share of its start: a half cosine, constant within an epoch (authors' code).
 
-    A warm-up, where asked for, grows step by step from 0 to the full lr, from which the cosine falls over
-    the epochs left. The first step of a warm-up has lr 0, and no epoch of the cosine has.
+    A warm-up (Sec. 4.3; how it rises is ours) grows with every step from 0; then the cosine falls
+    over the epochs left. A constant lr of h has no warm-up either (authors' issue 11).
     """
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
@@ -1511,9 +1513,10 @@ def main(argv: list[str] | None = None) -> int:
         {"pretrain": pretrain, "linear": linear, "embed": embed}[args.stage](args)
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+        sentences = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                     KeyboardInterrupt: "interrupted; what was saved is whole"}
         if rank() == 0:
+            sentence = sentences.get(type(error), error)
             print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -202,3 +202,172 @@ def test_every_ablation_runs_and_is_another_run(flags, healthy, classes, tmp_pat
         assert torch.equal(state["predictor.0.weight"], first.predictor[0].weight)
     elif flags == "--predictor none":
         assert not [name for name in state if name.startswith("predictor")]
+
+
+# Flags that could else do nothing without a test that fails.
+
+
+def recorded(monkeypatch, owner, name, what):
+    """From now on what(*args, **kwargs) of every call of owner.name; the calls go through."""
+    calls, real = [], getattr(owner, name)
+
+    def call(*args, **kwargs):
+        calls.append(what(*args, **kwargs))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("bn, fcs, last", [
+    ("none", (0, 2, 4, 0, 2), ("projector.4.bias", "predictor.2.bias")),
+    ("hidden", (0, 3, 6, 0, 3), ("projector.6.bias", "predictor.3.bias")),
+    ("default", (0, 3, 6, 0, 3), ("projector.7.running_var", "predictor.3.bias")),
+    ("all", (0, 3, 6, 0, 3), ("projector.7.running_var", "predictor.4.running_var"))])
+def test_the_flags_of_the_heads_build_them(bn, fcs, last, classes, tmp_path):
+    assert main(*TINY, "--data", classes, "--image-size", 16, "--steps", 1, "--out", tmp_path,
+                "--projector-layers", 3, "--hidden-dim", 24, "--dim", 20, "--predictor-dim", 12,
+                "--bn", bn) == 0
+    state = torch.load(tmp_path / "last.pt")["model"]
+    names = [f"{head}.{i}.weight" for head, i in zip(["projector"] * 3 + ["predictor"] * 2, fcs)]
+    assert [[*state[name].shape] for name in names] == [
+        [24, 64], [24, 24], [20, 24], [12, 20], [20, 12]]
+    for head, name in zip(("projector", "predictor"), last):
+        *_, end = [key for key in state if key.startswith(head) and "batches" not in key]
+        assert end == name
+
+
+@pytest.mark.parametrize("precision, native, dtype", [
+    ("fp32", True, torch.float32), ("fp64", True, torch.float64), ("bf16", False, torch.bfloat16),
+    ("auto", True, torch.bfloat16), ("auto", False, torch.float32)])
+def test_precision_is_that_of_the_forward_pass_in_every_stage(precision, native, dtype, pretrained,
+                                                              classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(simsiam, "bf16_is_native", lambda device: native)
+    outputs = recorded(monkeypatch, simsiam, "simsiam_loss", lambda *o, **k: {x.dtype for x in o})
+    flags = ["--data", classes, "--workers", 0, "--precision", precision, "--device", "cpu"]
+    assert main(*TINY, "--image-size", 16, "--steps", 1, *flags, "--out", tmp_path / "p") == 0
+    assert outputs == [{dtype}]
+    logits = recorded(monkeypatch, simsiam.F, "cross_entropy", lambda logits, *a, **k: logits)
+    init = ["--init", pretrained / "last.pt", "--recipe", "demo"]
+    assert main("linear", *init, *flags, "--batch-size", 12, "--steps", 1, "--out",
+                tmp_path / "l") == 0
+    assert main("embed", *init, *flags, "--out", tmp_path / "e") == 0
+    for x in (*logits, torch.load(tmp_path / "e" / "features.pt")["features"]):
+        assert x.dtype == (torch.float64 if precision == "fp64" else torch.float32)
+        assert torch.equal(x, x.bfloat16().to(x.dtype)) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("optimizer", ["larc", "sgd"])
+def test_the_flags_of_the_linear_evaluation_reach_its_optimizer(optimizer, classes, tmp_path,
+                                                                monkeypatch):
+    larc, sgd = (recorded(monkeypatch, owner, name, lambda params, **settings: settings)
+                 for owner, name in ((simsiam, "LARS"), (torch.optim, "SGD")))
+    parts = recorded(monkeypatch, simsiam.LinearProbe, "forward", lambda self, x: len(x))
+    assert main("linear", "--init", "none", "--data", classes, "--recipe", "demo", "--width", 0.125,
+                "--optimizer", optimizer, "--base-lr", 2, "--momentum", 0.5, "--weight-decay", 0.01,
+                "--batch-size", 12, "--accumulate", 3, "--steps", 1, "--workers", 0, "--out",
+                tmp_path) == 0
+    settings = dict(lr=2 * 12 / 256, momentum=0.5, weight_decay=0.01)
+    assert larc == [{**settings, "exclude_1d": False}] * (optimizer == "larc")
+    assert sgd == [settings] * (optimizer == "sgd")
+    assert parts == [4, 4, 4]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "linear"])
+def test_crop_min_and_workers_reach_the_crops(stage, classes, pretrained, tmp_path, monkeypatch):
+    loaders = recorded(monkeypatch, simsiam, "DataLoader", lambda *a, **k: k["num_workers"])
+    shares = recorded(monkeypatch, simsiam, "crop_boxes", lambda u, h, w, crop_min, flip: crop_min)
+    flags = [*TINY, "--image-size", 16] if stage == "pretrain" else [
+        "linear", "--init", pretrained / "last.pt", "--recipe", "demo", "--batch-size", 12]
+    flags += ["--data", classes, "--crop-min", 0.3, "--steps", 1, "--workers", 1]
+    assert main(*flags, "--out", tmp_path / "memory") == 0
+    assert loaders == [] and set(shares) == {0.3}
+    monkeypatch.setattr(simsiam, "load_pixels", lambda images, args: images)
+    stages = recorded(monkeypatch, simsiam, "Stage1", lambda images, size, crop_min, *a: crop_min)
+    assert main(*flags, "--out", tmp_path / "disk") == 0
+    assert 0.3 in stages and set(stages) <= {0.3, 1.0}  # 1.0: the test view, which is not cropped
+    assert set(loaders) == {0, 1}  # 0: views.png
+
+
+def test_the_knn_monitor_takes_its_k_and_temperature(classes, tmp_path, monkeypatch):
+    asked = recorded(monkeypatch, simsiam, "knn_accuracy", lambda *a: a[4:])
+    assert main(*TINY, "--data", classes, "--image-size", 16, "--steps", 1, "--out", tmp_path,
+                "--knn-every", 1, "--knn-k", 7, "--knn-temperature", 0.3) == 0
+    assert asked == [(7, 0.3)]
+
+
+def test_save_every_counts_minutes(classes, tmp_path, monkeypatch):
+    saved = recorded(monkeypatch, simsiam.Run, "save", lambda *a, step, **k: step)
+    for minutes, steps in ((1e-9, [1, 2, 3, 4, 4]), (100, [3, 4, 4])):  # 3 steps are an epoch
+        assert main(*TINY, "--data", classes, "--image-size", 16, "--steps", 4, "--save-every",
+                    minutes, "--out", tmp_path / str(minutes)) == 0
+        assert saved == steps
+        saved.clear()
+
+
+def test_compile_compiles_the_model_once_and_only_when_asked(classes, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    for flags, expected in (([], []), (["--compile"], [simsiam.SimSiam])):
+        assert main(*TINY, "--data", classes, "--image-size", 16, "--steps", 1, *flags, "--out",
+                    tmp_path / str(len(flags))) == 0
+        assert compiled == expected
+
+
+def test_the_seed_is_that_of_the_initial_weights():
+    for seed in (0, 3):
+        simsiam.setup(simsiam.parse_args(["--seed", str(seed), "--device", "cpu"]))
+        assert torch.initial_seed() == seed
+
+
+def test_data_root_is_where_torchvision_looks(tmp_path, monkeypatch):
+    roots = []
+
+    class Nowhere:
+        def __init__(self, root, **how):
+            roots.append(root)
+            raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Nowhere)
+    assert main("--data", "cifar10", "--data-root", tmp_path / "sets", "--out", tmp_path) == 2
+    assert roots == [str(tmp_path / "sets")]
+
+
+def test_the_flags_make_up_for_what_a_bare_encoder_does_not_say(classes, tmp_path):
+    flags = ["--arch", "resnet18", "--no-small-images", "--image-size", 24, "--mean", 0.1, 0.2, 0.3,
+             "--std", 0.4, 0.5, 0.6]
+    assert main(*TINY, "--data", classes, *flags, "--steps", 1, "--out", tmp_path / "run") == 0
+    shutil.copy(tmp_path / "run" / "encoder.pt", tmp_path / "bare.pt")  # without encoder.json
+    flags += ["--recipe", "demo", "--width", 0.125]
+    found = []
+    for init, more in (("run/last.pt", []), ("run/encoder.pt", []), ("bare.pt", flags),
+                       ("bare.pt", [*flags, "--mean", 0.1, 0.2, 0.4]),
+                       ("bare.pt", [*flags, "--std", 0.4, 0.5, 0.7]),
+                       ("bare.pt", [*flags, "--image-size", 16])):
+        assert main("embed", "--init", tmp_path / init, *more, "--data", classes, "--workers", 0,
+                    "--precision", "fp32", "--out", tmp_path / "e") == 0
+        found.append(torch.load(tmp_path / "e" / "features.pt")["features"])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not any(torch.allclose(found[0], other) for other in found[3:])
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (torch.OutOfMemoryError("CUDA"), "the device is out of memory: lower --batch-size"),
+    (KeyboardInterrupt(), "interrupted; what was saved is whole"),
+    (simsiam.UserError("no such thing"), "no such thing")])
+def test_what_ends_a_run_is_one_sentence_and_exit_code_2(error, sentence, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(simsiam, "pretrain", fail)
+    assert main("--device", "cpu") == 2
+    assert capsys.readouterr().err == f"simsiam.py: {sentence}\n"
+
+
+def test_the_linear_classifier_starts_near_nought():  # fact sheet, section 4: N(0, .01), bias 0
+    torch.manual_seed(0)
+    probe = simsiam.LinearProbe(common.resnet(10), 100)
+    assert probe.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert probe.fc.bias.tolist() == [0] * 100
+    assert not any(p.requires_grad for p in probe.encoder.parameters())
+    assert probe.train().fc.training and not probe.encoder.training
