@@ -12,24 +12,25 @@ written from the paper). Algorithm 1, in the paper's letters:
     f_k = m * f_k + (1 - m) * f_q        # momentum encoder, over f_q's updated weights
 
 The negatives of a query are the other images' keys, of all processes: no queue. Each view passes
-alone, so that each has its own batch norm statistics (App. A). f_k is in train mode: its keys are
-normalised by their own batch. Its running statistics follow its own batches, are not averaged, and
-serve --init-encoder momentum_encoder alone.
+alone, with batch norm statistics of its own (App. A), through f_k too, which is in train mode: its
+running statistics follow its batches, are not averaged, and serve --init-encoder momentum_encoder.
 
 Order of keys and momentum update: Algorithm 1's. The authors' code updates f_k before the keys,
 with that step's m. As f_k starts as a copy of f_q, both make the same keys if the update after step
 t takes the m of step t + 1, as it does here; only the last update (m = 1) has no place in theirs.
 
-Where paper and authors' code differ, the code's settings are used, for the published checkpoints
-are its: m by cosine for ViT too (paper: constant); ResNet heads of 2 + 2 layers, without batch norm
-at the predictor's output; batch 1024 in the linear evaluation (paper: 4096).
+Where paper and authors' code differ, or the paper says nothing, the code's settings are used, for
+the published checkpoints are its: m by cosine for ViT too (paper: constant); ResNet's heads and
+recipes by length (paper: a ViT's heads, 800 epochs); batch 1024 and one lr in the linear evaluation
+(paper: 4096, lr swept).
 
 Departures: bfloat16 forward pass on hardware that has it, without loss scaling (authors' code:
-float16; in the linear evaluation float32); Gaussian blur sampled at 23 taps (there: PIL's
-approximation); colours in floating point (there: rounded to 8 bits); the kNN within epochs asks
-1,000 validation images, not all. Not settled by paper or code, thus our reading: the batch norms of
-ViT-BN (over images and tokens), what LAMB excludes, thresholds for --clip-patch-grad, which layers
-grad_first and grad_last watch.
+float16; in the linear evaluation float32); Gaussian blur over a tenth of the side, 23 taps at 224
+(there: PIL's approximation); colours in floating point (there: rounded to 8 bits); kNN after each
+epoch, too. Where neither settles it, our reading: ViT-BN's batch norms (over images and tokens;
+attention and the end keep layer norm), what LAMB excludes, thresholds for --clip-patch-grad, which
+layers grad_first and grad_last watch (L2 norms), the kNN within epochs (the first view's features,
+1,000 queries).
 
     python moco_v3.py                                             # built-in images, a minute or two
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024    # ViT-S/16
@@ -81,18 +82,18 @@ from common import BLOCKS, LARS, VITS, ViT, demo_images, resnet, synchronize_bat
 
 # Every field is also a flag (--base-lr 1e-4). The ImageNet columns are the authors' code's
 # (CONFIG.md), which trains vit_base like vit_small. That vit_large and vit_huge are trained so too
-# is our choice: their settings are not public. Nor are there any for CIFAR: the
-# ResNet's column is community, solo-learn's (but lr and crop); the ViT's and demo's our choice.
+# is our choice: their settings are not public. There are none for CIFAR: what cifar-resnet has from
+# solo-learn (community) is marked; the rest of it, all of cifar and of demo are our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-r50-100", "imagenet-r50-300", "imagenet-r50-1000",
                 "cifar", "cifar-resnet", "demo")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # community: solo-learn
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # solo-learn; recalled
 PRETRAIN = {
     # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------ cifar ---- cifar-resnet -- demo
     "arch": ("vit_small", "resnet50", "resnet50", "resnet50", "vit_tiny", "resnet18", "vit_mini"),
     "width":              (1.0,) * 7,          # of a ResNet, relative to the paper's; ours
-    "small_images":       (False, False, False, False, True, True, True),  # a ResNet's 3x3 stem, as
-    #                    in SimCLR, arXiv:2002.05709, App. B.9; and no margin in the test view
+    "small_images":       (False, False, False, False, True, True, True),  # no margin in the test
+    #                    view; a ResNet's 3x3 stem (SimCLR, arXiv:2002.05709, App. B.9; solo-learn)
     "zero_init_residual": (True,) * 7,         # of a ResNet: authors' code
     "patch_size":         (16, 16, 16, 16, 4, 4, 8),  # pixels. Table 2; vit_huge: 14. Sec. 6.3: 7
     "heads":              (0,) * 7,            # 0: Table 2's, 12 for vit_small (DeiT's, timm's: 6)
@@ -110,15 +111,15 @@ PRETRAIN = {
     "bn":                 ("default",) * 7,    # in the heads. Sec. 6.2: none, with batch 2048
     # ---------------- optimisation
     "optimizer": ("adamw", "lars", "lars", "lars", "adamw", "lars", "adamw"),  # Sec. 4.1: lamb
-    "epochs":             (300, 100, 300, 1000, 800, 1000, 6),        # cifar-resnet: solo-learn
-    "batch_size":         (4096, 4096, 4096, 4096, 512, 256, 100),    # of all processes together
+    "epochs":             (300, 100, 300, 1000, 800, 1000, 6),        # solo-learn
+    "batch_size":         (4096, 4096, 4096, 4096, 512, 256, 100),    # of all processes; solo-learn
     "base_lr":            (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),   # lr: this * batch_size / 256
     #                    6.0: our choice, solo-learn's 0.3 * 0.02 / 0.001; its LARS clips, ours not
-    "warmup_epochs":      (40.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),  # cifar-resnet: solo-learn
+    "warmup_epochs":      (40.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),  # solo-learn, of its BYOL
     "momentum":           (0.9,) * 7,          # of LARS
-    "weight_decay":       (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on everything
-    "temperature":        (0.2, 1.0, 1.0, 1.0, 0.2, 0.2, 0.2),        # tau
-    "ema_momentum":       (0.99, 0.99, 0.99, 0.996, 0.99, 0.99, 0.5),  # m at the start. Sec. 6.2
+    "weight_decay":       (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on all; solo-learn
+    "temperature":        (0.2, 1.0, 1.0, 1.0, 0.2, 0.2, 0.2),        # tau; solo-learn
+    "ema_momentum":       (0.99, 0.99, 0.99, 0.996, 0.99, 0.99, 0.5),  # m, first; solo-learn
     "ema_schedule":       ("cosine",) * 7,     # to 1 at the end; constant: m stays
     "precision": ("auto", "auto", "auto", "auto", "auto", "auto", "fp32"),  # auto: bf16 if native
     "grad_checkpoint":    (False,) * 7,        # ViT: less memory, for its blocks are computed twice
@@ -128,13 +129,13 @@ PRETRAIN = {
     "jitter":             ((0.4, 0.4, 0.2, 0.1),) * 7,  # brightness, contrast, saturation, hue
     "jitter_prob":        (0.8,) * 7,
     "gray_prob":          (0.2,) * 7,
-    "blur_prob":          ((1.0, 0.1),) * 4 + ((0.0, 0.0),) * 3,      # community: none at 32 px
-    "solarize_prob":      ((0.0, 0.2),) * 6 + ((0.0, 0.0),),
+    "blur_prob":          ((1.0, 0.1),) * 4 + ((0.0, 0.0),) * 3,      # none at 32 px: solo-learn
+    "solarize_prob":      ((0.0, 0.2),) * 6 + ((0.0, 0.0),),          # solo-learn
     "mean":               (IMAGENET_MEAN,) * 4 + (CIFAR_MEAN,) * 2 + ((0.5, 0.5, 0.5),),
     "std":                (IMAGENET_STD,) * 4 + (CIFAR_STD,) * 2 + ((0.25, 0.25, 0.25),),
     # ---------------- study of the instability, and kNN
     "clip_patch_grad":    (0.0,) * 7,          # Sec. 4: the gradient's largest norm; 0: any
-    "knn_every_steps":    (50, 50, 50, 50, 20, 20, 20),  # App. A: "every tens of iterations"
+    "knn_every_steps":    (50, 50, 50, 50, 20, 20, 20),  # App. A: tens of iterations
     "knn_k":              (200,) * 7,          # App. A refers to arXiv:1805.01978, whose values
     "knn_temperature":    (0.07,) * 7,         # these are (recalled)
 }
@@ -289,9 +290,9 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
-    """The symmetrised loss when all n keys look alike, and the least there can be: positives equal,
+    """The symmetrised loss when all n > 1 keys look alike, and the least there is: positives equal,
     negatives spread evenly (cosine -1 / (n - 1); Jensen's inequality). Ours, not the paper's."""
-    floor = math.log1p((n - 1) * math.exp(-n / max(1, n - 1) / temperature))
+    floor = math.log1p((n - 1) * math.exp(-n / (n - 1) / temperature))
     return 4 * temperature * math.log(n), 4 * temperature * floor
 
 
@@ -352,8 +353,8 @@ def momentum_schedule(epoch: float, args) -> float:
 
 
 def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (where that is
-    frozen, the first attention's qkv) and last block; a ResNet's first convolution and last block."""
+    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (the first block's
+    qkv where that is frozen) and last block; a ResNet's first convolution and last block."""
     if isinstance(encoder, ViT):
         first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
         first = first or [*encoder.blocks[0].attn.qkv.parameters()]
@@ -445,7 +446,8 @@ class LAMB(torch.optim.Optimizer):
         w = w - lr * (|w| / |u|) * u                 # the ratio is 1 where either norm is 0
 
     One-dimensional parameters (biases, norms) are neither decayed nor adapted, as in LARS here (our
-    choice; the paper gives weight decay 1e-3, Sec. 4.1, and no more). eps: LAMB's paper, recalled.
+    choice; MoCo v3 gives lr and weight decay, Sec. 4.1, no more). b1, b2, eps and the ratio without
+    bounds: LAMB's paper, recalled.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
@@ -621,15 +623,16 @@ def check(args) -> None:
         raise UserError(f"{flag['optimizer']} is not for the stage {args.stage}, which takes "
                         + ("sgd" if usual == "sgd" else "adamw, lars or lamb"))
     if given & {"optimizer", "base_lr"} == {"optimizer"} and args.optimizer != usual:
-        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 1.5e-4 for adamw, "
-                        "0.3 for lars, 5e-4 with --weight-decay 1e-3 for lamb (ImageNet)")
-    if usual and args.stage == "pretrain":
+        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 1.5e-4 for "
+                        "adamw, 0.3 for lars, 5e-4 with --weight-decay 1e-3 for lamb (ImageNet)")
+    if args.stage == "pretrain":
         if args.arch[:3] != (made_for := PRETRAIN["arch"][RECIPE_NAMES.index(args.recipe)])[:3]:
-            raise UserError(f"the recipe {args.recipe} is made for {made_for}, not for {args.arch}: "
-                            "give --recipe cifar-resnet")
+            raise UserError(f"the recipe {args.recipe} is made for {made_for}, not for "
+                            f"{args.arch}: give --recipe cifar-resnet")
         if args.hidden_dim == 0:
             raise UserError("--hidden-dim 0 leaves the heads without a hidden layer: 1 at least")
-        unused = {"momentum": args.optimizer != "lars", "zero_init_residual": args.arch[:3] == "vit",
+        unused = {"momentum": args.optimizer != "lars",
+                  "zero_init_residual": args.arch.startswith("vit"),
                   "predictor_output_bn": "none" in (args.predictor, args.bn)}
         for name in unused.keys() & given:
             if unused[name]:
@@ -643,10 +646,11 @@ def check(args) -> None:
             raise UserError(f"{flag[vit_only[0]]} is for a ViT, and --arch is {args.arch}")
         return
     if "width" in given:
-        raise UserError(f"--width is for a ResNet, and --arch is {args.arch}: take a smaller --arch")
+        raise UserError(f"--width is for a ResNet, and --arch is {args.arch}: take a smaller "
+                        "--arch")
     args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
-    if args.arch == "vit_huge" and args.recipe == "imagenet" and not (args.init or "patch_size" in given):
-        args.patch_size = 14  # Table 2
+    if args.arch == "vit_huge" and args.recipe == "imagenet" and not args.init:
+        args.patch_size = args.given.get("patch_size", 14)  # Table 2
     if args.stem == "conv" and args.patch_projection != "learned":
         raise UserError("--stem conv has no patch projection to freeze or to normalise: give "
                         "--patch-projection learned")
@@ -1296,8 +1300,8 @@ def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
 
 
 class QueueMonitor:
-    """The paper's kNN monitor within an epoch (App. A): the bank is a queue of features that training
-    has made anyway, of augmented images, a tenth of the training set long.
+    """The paper's kNN monitor within an epoch (App. A): the bank is a queue of features that
+    training has made anyway, of augmented images, a tenth of the training set long.
 
     Each process keeps its share. The queries are 1,000 validation images, always the same: so few
     and so rarely, and the curve costs next to nothing. After a resume the queue fills first.
@@ -1320,7 +1324,7 @@ class QueueMonitor:
 
     @torch.no_grad()
     def __call__(self, encoder: nn.Module, h: Tensor, shown: Tensor, step: int) -> dict[str, float]:
-        """Adds features h [b, feature_dim] of the images shown [b]; kNN accuracy where it is due."""
+        """Adds features h [b, feature_dim] of the images shown [b]; kNN accuracy where it's due."""
         if not self.every:
             return {}
         if self.pixels is None:
@@ -1341,14 +1345,14 @@ class QueueMonitor:
             with autocast(self.args):
                 queries.append(encoder(x.contiguous(memory_format=torch.channels_last)))
         encoder.train(training)
-        k = min(self.args.knn_k, max(1, len(bank) // 20))  # small sets have a short queue: our choice
+        k = min(self.args.knn_k, max(1, len(bank) // 20))  # our choice, for a short queue
         return {"knn_queue": knn_accuracy(bank, labels, torch.cat(queries), self.labels, k,
                                           self.args.knn_temperature)}
 
 
 def report_dips(run: "Run", queries: int) -> None:
-    """The largest fall of the kNN curve below its highest value so far, said and logged: where it is
-    more than noise, the instability that the final accuracy hides (Sec. 4.1)."""
+    """The largest fall of the kNN curve below its highest value so far, said and logged: where it
+    is more than noise, the instability that the final accuracy hides (Sec. 4.1)."""
     if rank() != 0:
         return
     with open(run.path("log.jsonl")) as file:
@@ -1365,8 +1369,9 @@ def report_dips(run: "Run", queries: int) -> None:
     run.log(dip=dip, dip_step=where, dip_of=name)
     queries = min(queries, 1000) if name == "knn_queue" else queries
     noise = 3 * (best * (1 - best) / queries) ** 0.5  # three standard errors of one reading
-    say(f"the kNN curve ({name}) " + ("never fell" if where is None else
-        f"fell the most at step {where}, by {100 * dip:.1f} points; noise is up to {100 * noise:.1f}"))
+    fell = f"fell the most at step {where}, by {100 * dip:.1f} points; noise is up to "
+    say(f"the kNN curve ({name}) "
+        + ("never fell" if where is None else f"{fell}{100 * noise:.1f}"))
 
 
 # -------------------------------------------------------------------------------------- run folder
@@ -1568,8 +1573,8 @@ def load_file(path: str, device="cpu"):
 def read_official(file: dict) -> tuple[dict, dict]:
     """An authors' checkpoint as a state dict with our names, and the settings it implies.
 
-    In theirs (module.)base_encoder.* and momentum_encoder.* are the backbones and, as head.* or fc.*,
-    the projectors; in their linear checkpoints module.* has timm's or torchvision's names.
+    In theirs (module.)base_encoder.* and momentum_encoder.* are the backbones and, as head.* or
+    fc.*, the projectors; in their linear checkpoints module.* has timm's or torchvision's names.
     """
     state = {name.removeprefix("module."): x for name, x in file["state_dict"].items()}
     arch = file["arch"]
@@ -1900,8 +1905,8 @@ def timm_note(args) -> None:
     size, patch = args.arch.removeprefix("vit_"), 14 if args.arch == "vit_huge" else 16
     if size not in own:
         return
-    if (args.stem, args.position != "none", args.pooling, args.mlp_norm) != (
-            "patch", True, "class", "layer") or args.patch_projection in ("batchnorm", "weightnorm"):
+    if ((args.stem, args.pooling, args.mlp_norm) != ("patch", "class", "layer")
+            or args.position == "none" or args.patch_projection in ("batchnorm", "weightnorm")):
         return say("encoder.pt: timm has no such ViT")
     told = {"num_heads": (args.heads, own[size]), "img_size": (args.image_size, 224),
             "patch_size": (args.patch_size, patch)}
@@ -1925,7 +1930,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+                    KeyboardInterrupt: "interrupted; what was saved is whole",
+                    }.get(type(error), error)
         if rank() == 0:
             print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first

@@ -731,6 +731,18 @@ def test_a_saved_lamb_continues_identically():
         assert all(torch.equal(a, b) for a, b in zip(whole, again))
 
 
+def test_lamb_takes_a_closure_as_torchs_optimizers_do():
+    w = nn.Parameter(torch.ones(2, 2, dtype=DOUBLE))
+
+    def closure():
+        loss = (w * w).sum()
+        loss.backward()
+        return loss
+
+    assert LAMB([w], lr=0.1).step(closure).item() == 4
+    torch.testing.assert_close(w.detach(), torch.full((2, 2), 0.9, dtype=DOUBLE), rtol=0, atol=1e-6)
+
+
 def test_lamb_skips_what_has_no_gradient_and_keeps_groups_apart():
     a, b, c = (nn.Parameter(torch.ones(2, 2, dtype=DOUBLE)) for _ in range(3))
     optimizer = LAMB([{"params": [a]}, {"params": [b, c], "lr": 0.5, "weight_decay": 1.0}], lr=0.1)

@@ -8,6 +8,7 @@ from conftest import (
     assert_close_runs, assert_one_sentence, assert_same_weights, kill_at_step, losses, program,
     records, run, weights)
 
+import common
 import moco_v3
 
 SMALL = ["--dim", "16", "--hidden-dim", "32", "--batch-size", "16", "--workers", "0", "--image-size",
@@ -202,6 +203,107 @@ def test_a_vit_takes_other_patches_positions_and_pooling(classes, tmp_path):
             == (16 if i == 2 else 8)
 
 
+# Every flag of a stage with a value other than the recipe's; behind "|", what it needs beside it.
+FLAGS = {
+    "arch": "vit_tiny", "patch_size": "16", "heads": "6", "mlp_norm": "batch", "position": "none",
+    "stem": "conv | --patch-size 16 --patch-projection learned", "pooling": "mean",
+    "patch_projection": "learned", "projector_layers": "2", "hidden_dim": "24", "dim": "8",
+    "predictor": "none", "predictor_output_bn": "no", "bn": "none",
+    "optimizer": "lars | --base-lr 0.01", "epochs": "5", "batch_size": "12", "base_lr": "0.02",
+    "warmup_epochs": "0.25", "weight_decay": "0", "temperature": "0.5", "ema_momentum": "0.9",
+    "ema_schedule": "constant", "precision": "fp64", "image_size": "8", "crop_min": "0.2",
+    "jitter": "0.1 0.4 0.2 0.1 | --jitter-prob 1", "jitter_prob": "0", "gray_prob": "1",
+    "blur_prob": "0 1 | --image-size 24", "solarize_prob": "0 1", "mean": "0.4 0.4 0.4",
+    "std": "0.5 0.5 0.5",
+    "clip_patch_grad": "1e-9 | --patch-projection learned --optimizer lars --base-lr 9",
+    **{name: f"{value} | {' '.join(RESNET)}" for name, value in (
+        ("width", "0.25"), ("small_images", "no"), ("zero_init_residual", "no"), ("momentum", "0.1"))},
+}
+NO_NUMBER = {"grad_checkpoint", "knn_every_steps", "knn_k", "knn_temperature"}  # tests of their own
+LINEAR_FLAGS = {
+    "init_encoder": "momentum_encoder", "base_lr": "0.02", "epochs": "5 | --batch-size 48",
+    "batch_size": "12", "momentum": "0.1", "weight_decay": "0.1", "crop_min": "0.2",
+    "precision": "fp64",
+}
+
+
+@pytest.fixture(scope="module")
+def outcome(classes, tmp_path_factory):
+    """Of three steps: what was logged, and the weights' sums. Every command runs once."""
+    done = {}
+
+    def get(*args):
+        if args not in done:
+            out = tmp_path_factory.mktemp("outcome")
+            assert main(*args, "--data", classes, "--workers", 0, "--steps", 3, "--log-every", 1,
+                        "--knn-every", 0, "--out", out) == 0
+            done[args] = [*losses(out), *(x.sum().item() for x in weights(out).values())]
+        return done[args]
+
+    return get
+
+
+def with_and_without(name, value, *args):
+    """The command without a flag and with it."""
+    value, _, beside = value.partition(" | ")
+    args, flag = [*args, *beside.split()], name.replace("_", "-")
+    return args, [*args, *([f"--no-{flag}"] if value == "no" else [f"--{flag}", *value.split()])]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_of_the_recipe_makes_another_run(name, outcome):
+    small = [*map(str, SMALL), "--recipe", "demo", "--warmup-epochs", "0.5"]
+    without, with_it = with_and_without(name, FLAGS[name], *small)
+    assert outcome(*without) != outcome(*with_it)
+
+
+@pytest.mark.parametrize("name", LINEAR_FLAGS)
+def test_every_flag_of_the_linear_evaluation_makes_another_run(name, trained, outcome):
+    args = ["linear", "--init", trained / "last.pt", "--recipe", "demo", "--batch-size", "16"]
+    without, with_it = with_and_without(name, LINEAR_FLAGS[name], *args)
+    assert outcome(*without) != outcome(*with_it)
+
+
+def test_no_flag_is_without_a_test():
+    assert {*FLAGS} | NO_NUMBER == {*moco_v3.PRETRAIN}
+    assert {*LINEAR_FLAGS, "optimizer"} == {*moco_v3.LINEAR}  # which has one choice
+    assert {*moco_v3.EMBED} == {"init_encoder", "precision"}
+
+
+def test_knn_flags_reach_both_curves(classes, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(moco_v3, "knn_accuracy", lambda *args: seen.append(args[4:]) or 0.5)
+    assert main("--data", classes, "--recipe", "demo", *SMALL, "--batch-size", 40, "--steps", 4,
+                "--knn-every", 1, "--knn-every-steps", 2, "--knn-k", 1, "--knn-temperature", 0.3,
+                "--out", tmp_path) == 0
+    assert [line["step"] for line in records(tmp_path, "knn_queue")] == [2, 4]
+    assert len(seen) == 5 + 2 and {*seen} == {(1, 0.3)}  # epochs 0 to 4; of a queue of 40, k <= 2
+
+
+def test_grad_checkpoint_computes_each_block_twice(monkeypatch, photos, tmp_path):
+    passes = []
+    forward = common.Block.forward
+    monkeypatch.setattr(common.Block, "forward", lambda *args: passes.append(1) or forward(*args))
+    for flag, count in (("--no-grad-checkpoint", 12), ("--grad-checkpoint", 18)):
+        passes.clear()
+        assert main("--data", photos, "--recipe", "demo", *SMALL, flag, "--steps", 1, "--out",
+                    tmp_path / flag) == 0
+        assert len(passes) == count  # 3 blocks, 2 views, 2 encoders; f_q's once more
+
+
+@pytest.mark.parametrize("stage, file", [("embed", "features.pt"), ("export", "encoder.pt")])
+def test_embed_and_export_heed_their_two_flags(stage, file, trained, classes, tmp_path):
+    found = []
+    for i, flags in enumerate(([], ["--init-encoder", "momentum_encoder"], ["--precision", "fp64"])):
+        data = ["--data", classes, "--workers", 0] if stage == "embed" else []
+        assert main(stage, "--init", trained / "last.pt", *data, *flags, "--out",
+                    tmp_path / str(i)) == 0
+        result = torch.load(tmp_path / str(i) / file)
+        found.append(result["features"] if stage == "embed" else result["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(found[0], found[1]) and found[0].dtype == torch.float32
+    assert found[2].dtype == torch.float64
+
+
 def test_with_a_constant_momentum_of_0_the_momentum_encoder_is_the_encoder(classes, tmp_path):
     assert main("--data", classes, "--recipe", "demo", *SMALL, "--ema-momentum", 0, "--ema-schedule",
                 "constant", "--steps", 3, "--warmup-epochs", 0.5, "--out", tmp_path) == 0
@@ -210,6 +312,17 @@ def test_with_a_constant_momentum_of_0_the_momentum_encoder_is_the_encoder(class
     assert all(torch.equal(x, state[name.removeprefix("momentum_")]) for name, x in state.items()
                if name.startswith("momentum_") and name in parameters)
     assert [line["m"] for line in records(tmp_path)] == [0, 0, 0]
+
+
+def test_what_timm_cannot_build_is_said(capsys):
+    for flags, there in (("", True), ("--position none", False), ("--pooling mean", False),
+                         ("--mlp-norm batch", False), ("--patch-projection weightnorm", False),
+                         ("--stem conv --patch-projection learned", False)):
+        args = moco_v3.parse_args(["--recipe", "imagenet", *flags.split()])
+        moco_v3.check(args)
+        moco_v3.timm_note(args)
+        said = capsys.readouterr().out
+        assert ("timm has no such ViT" in said) != there and ("num_heads=12" in said) == there
 
 
 def test_vit_huge_has_patches_of_14():  # Table 2
