@@ -447,11 +447,6 @@ def warmup_cosine(epoch: float, args) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def official_steps(images: int, epochs: int, batch_size: int) -> int:
-    """Steps that the authors' code takes: all images that are to be seen, by the batch, and one."""
-    return images * epochs // batch_size + 1
-
-
 def set_lr(optimizer, epoch: float, args) -> None:
     for group in optimizer.param_groups:
         group["lr"] = peak_lr(args) * warmup_cosine(epoch, args)
@@ -502,66 +497,10 @@ def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: 
     optimizer.step()
     return loss.detach(), s.detach(), t
 
-
-def pretrain(args) -> None:
-    """Stage 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
-        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
-                        f"image's own would be among its negatives; {args.data} has "
-                        f"{len(data.train)} images")
-    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
-                   len(data.classes) if data.val else 0)
-    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
-    if whole:  # all but the online classifier, which always starts anew
-        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
-        args.initial.state = state | {n: x for n, x in model.state_dict().items()
-                                      if n.startswith("online.")}
-    net = prepare(model, args)
-    if args.queue and args.initial and not whole:
-        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
-        model.key_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
-        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
-    say_schedule(args, len(data.train))
-
-    def step(batch, epoch):
-        x = augment(batch.crops, batch.colours, args)
-        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
-        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
-        return loss, (z1, z2, logits, labels)
-
-    @torch.no_grad()
-    def monitor(seen):
-        z1, z2, logits, labels = seen
-        guess, positive = contrast_logits(z1, z2, 1.0)
-        # Of how many anchors the positive is the nearest candidate, and of how many views with a
-        # known label the online classifier is right.
-        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
-        if logits is not None:
-            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
-        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
-        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
-        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z),
-                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        result = knn_monitor(model.encoder, data, epoch, args)
-        if result and epoch:
-            h, shown = features(model.encoder, data.val, args)
-            result["online_top1"] = top1(model.online(h), data.val, shown)
-        return result
-
-    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
-    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
-
 # ==================================================================================================
 # Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop; and, at the
+# end, the stages, which call what stands above.
 # ==================================================================================================
 
 # ------------------------------------------------------------------------------------ command line
@@ -1856,6 +1795,11 @@ def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Te
     return loss
 
 
+def official_steps(images: int, epochs: int, batch_size: int) -> int:
+    """Steps that the authors' code takes: all images that are to be seen, by the batch, and one."""
+    return images * epochs // batch_size + 1
+
+
 def say_schedule(args, images: int) -> None:
     steps, rule = args.epochs * (images // args.batch_size), {
         "sqrt": f"sqrt({args.batch_size})", "linear": f"{args.batch_size} / 256"}[args.lr_rule]
@@ -1940,6 +1884,63 @@ def whole_encoder(args) -> nn.Module:
     if args.arch.startswith("vit"):
         encoder.patch_embed.proj.requires_grad_(True)
     return encoder
+
+
+def pretrain(args) -> None:
+    """Stage 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
+        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
+                        f"image's own would be among its negatives; {args.data} has "
+                        f"{len(data.train)} images")
+    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
+                   len(data.classes) if data.val else 0)
+    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
+    if whole:  # all but the online classifier, which always starts anew
+        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
+        args.initial.state = state | {n: x for n, x in model.state_dict().items()
+                                      if n.startswith("online.")}
+    net = prepare(model, args)
+    if args.queue and args.initial and not whole:
+        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
+        model.key_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
+        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
+    say_schedule(args, len(data.train))
+
+    def step(batch, epoch):
+        x = augment(batch.crops, batch.colours, args)
+        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
+        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
+        return loss, (z1, z2, logits, labels)
+
+    @torch.no_grad()
+    def monitor(seen):
+        z1, z2, logits, labels = seen
+        guess, positive = contrast_logits(z1, z2, 1.0)
+        # Of how many anchors the positive is the nearest candidate, and of how many views with a
+        # known label the online classifier is right.
+        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
+        if logits is not None:
+            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
+        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
+        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
+        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        return {"std": feature_std(z), "rank": effective_rank(z),
+                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        result = knn_monitor(model.encoder, data, epoch, args)
+        if result and epoch:
+            h, shown = features(model.encoder, data.val, args)
+            result["online_top1"] = top1(model.online(h), data.val, shown)
+        return result
+
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
 
 
 def supervise(args) -> None:
