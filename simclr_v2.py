@@ -620,7 +620,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args) -> None:
-    """What the flags and --init make together must be buildable; what of them leaves others open."""
+    """What the flags and --init make together must be buildable, and every flag given must matter;
+    sets what follows from others."""
     flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
     given, vit = args.given.keys(), args.arch.startswith("vit")
     if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
@@ -630,34 +631,24 @@ def check(args) -> None:
                          else {"patch_size", "heads", "patch_projection"}):
         raise UserError(f"{flag[name]} is for a {'ResNet' if vit else 'ViT'}, and --arch is "
                         f"{args.arch}")
-    if args.stage == "embed":
-        return
-    column = RECIPE_NAMES.index(args.recipe)
-    if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
-        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, 1e-4 "
-                        "for adamw, 0.05 for sgd, by --lr-rule linear")
-    if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
-        names = ("optimizer", "base_lr", "lr_rule", "weight_decay")
-        values = (TABLES[args.stage][name][RECIPE_NAMES.index("imagenet-vit")] for name in names)
-        raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
-                        f"{args.arch}: give --optimizer {{}} --base-lr {{}} --lr-rule {{}} "
-                        "--weight-decay {}, as --recipe imagenet-vit has it".format(*values))
+    if args.stage != "embed":
+        check_optimizer(args, flag)
     if args.stage == "pretrain":
         if args.queue % (2 * args.batch_size):
             raise UserError(f"{flag['queue']} takes both views of whole batches: a multiple of "
                             f"{2 * args.batch_size}")
-        unused = {"ema_momentum": not args.queue, "dim": not args.head_layers,
-                  "momentum": args.optimizer == "adamw"}
+        unused = {"ema_momentum": not args.queue, "dim": not args.head_layers}
     elif args.stage == "distill":
         if not args.teacher:
             raise UserError("distill needs --teacher: the folder of a fine-tuned or distilled run")
         if args.init:
-            raise UserError("--init has no place in distill, whose student starts at random: leave it "
-                            "out")
+            raise UserError("--init has no place in distill, whose student starts at random: leave "
+                            "it out")
         if args.alpha > 1:
             raise UserError(f"{flag['alpha']} makes no sense: a share above 0, at most 1")
-        unused = {"labels": args.alpha == 1, "momentum": args.optimizer == "adamw",
-                  "head_layers": True, "dim": True}
+        unused = {"labels": args.alpha == 1, "head_layers": True, "dim": True}
+    elif args.stage == "embed":
+        unused = {"head_layers": True, "dim": True}
     else:
         if "from_layer" not in given:  # without --init there is no head to keep; z is a poor choice
             args.from_layer = min(args.from_layer, max(0, args.head_layers - 1)) if args.init else 0
@@ -667,7 +658,9 @@ def check(args) -> None:
             published(args)
         if args.from_layer > args.head_layers:
             raise UserError(f"{flag['from_layer']}, but the head has {args.head_layers} layers")
-        unused = {"momentum": args.optimizer == "adamw"}
+        unused = {"head_layers": not args.from_layer, "dim": args.from_layer < args.head_layers}
+    unused |= {"momentum": getattr(args, "optimizer", "") == "adamw",
+               "patch_projection": args.stage != "pretrain"}  # the others train it, or nothing of f
     for name in unused.keys() & given:
         if unused[name]:
             raise UserError(f"{flag[name]} would change nothing here")
@@ -680,9 +673,24 @@ def check(args) -> None:
         raise UserError(f"--arch {args.arch}{' --sk' * args.sk}: {error}") from None
 
 
+def check_optimizer(args, flag: dict[str, str]) -> None:
+    """The optimizer must have an lr made for it, and be made for the network."""
+    column, vit = RECIPE_NAMES.index(args.recipe), args.arch.startswith("vit")
+    given = args.given.keys()
+    if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
+        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, "
+                        "1e-4 for adamw, 0.05 for sgd, by --lr-rule linear")
+    if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
+        names = ("optimizer", "base_lr", "lr_rule", "weight_decay")
+        values = (TABLES[args.stage][name][RECIPE_NAMES.index("imagenet-vit")] for name in names)
+        raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
+                        f"{args.arch}: give --optimizer {{}} --base-lr {{}} --lr-rule {{}} "
+                        "--weight-decay {}, as --recipe imagenet-vit has it".format(*values))
+
+
 def published(args, listed: float | None = None) -> None:
-    """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and from
-    the encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest.
+    """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and the
+    encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest.
     listed: the share that a file lists, once it has been read."""
     try:
         share = float(args.labels)
@@ -692,7 +700,8 @@ def published(args, listed: float | None = None) -> None:
     if share > 0.03 and "epochs" not in args.given:
         args.epochs = FINETUNE["epochs"][RECIPE_NAMES.index(args.recipe)] // 2
         if args.warmup_epochs >= args.epochs:
-            raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+            raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} "
+                            "epochs")
     if share > 0.3 and "from_layer" not in args.given:
         args.from_layer = 0
 
@@ -1531,8 +1540,8 @@ def load_file(path: str, device="cpu"):
 
 
 def read_official(file: dict) -> tuple[dict, dict]:
-    raise UserError("this is another method's official checkpoint; SimCLR's are TensorFlow's, which are "
-                    "not read: --init takes last.pt or encoder.pt of a run")
+    raise UserError("this is another method's official checkpoint; SimCLR's are TensorFlow's, "
+                    "which are not read: --init takes last.pt or encoder.pt of a run")
 
 
 # same as simsiam.py
@@ -1803,20 +1812,24 @@ def official_steps(images: int, epochs: int, batch_size: int) -> int:
 def say_schedule(args, images: int) -> None:
     steps, rule = args.epochs * (images // args.batch_size), {
         "sqrt": f"sqrt({args.batch_size})", "linear": f"{args.batch_size} / 256"}[args.lr_rule]
+    theirs = official_steps(images, args.epochs, args.batch_size)
     say(f"{args.optimizer}, lr {args.base_lr:g} x {rule} = {peak_lr(args):.4g}, {steps} steps (the "
-        f"authors' code: {official_steps(images, args.epochs, args.batch_size)}, for its batches run on "
-        "across epochs)")
+        f"authors' code: {theirs}, for its batches run on across epochs)")
+
+
+def layers_in(state: dict) -> int:
+    """How many layers of the head a state dict holds."""
+    return len({name.split(".")[1] for name in state if name.startswith("projector.")})
 
 
 def kept_layers(args, feature_dim: int) -> list[nn.Module]:
-    """The head's first --from-layer layers, with the weights that --init has; new ones without it."""
+    """The head's first --from-layer layers, with --init's weights, or new ones without it."""
     head = [*projection_head(feature_dim, args.head_layers, args.dim)][:args.from_layer]
     if not args.initial:
         return head
-    there = len({name.split(".")[1] for name in args.initial.state if name.startswith("projector.")})
-    if there < args.from_layer:
-        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds {there} layers of the "
-                        "head: give last.pt of the pre-training, or a smaller --from-layer")
+    if (there := layers_in(args.initial.state)) < args.from_layer:
+        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds {there} layers of "
+                        "the head: give last.pt of the pre-training, or a smaller --from-layer")
     for i, layer in enumerate(head):
         prefix = f"projector.{i}."
         try:
@@ -1829,7 +1842,7 @@ def kept_layers(args, feature_dim: int) -> list[nn.Module]:
 
 
 def read_teacher(args) -> TaskNetwork:
-    """--teacher as a network; what it was built from becomes the student's where no flag says else."""
+    """--teacher as a network; its settings become the student's where no flag says otherwise."""
     path = os.path.join(args.teacher, "last.pt") if os.path.isdir(args.teacher) else args.teacher
     file = load_file(path)
     try:
@@ -1837,9 +1850,8 @@ def read_teacher(args) -> TaskNetwork:
         settings = SimpleNamespace(**{name: config[name] for name in ENCODER})
         classes = len(state["fc.bias"])
         encoder = build_encoder(settings)
-        there = len({name.split(".")[1] for name in state if name.startswith("projector.")})
-        kept = projection_head(encoder.feature_dim, settings.head_layers, settings.dim)[:there]
-        teacher = TaskNetwork(encoder, [*kept], classes)
+        head = projection_head(encoder.feature_dim, settings.head_layers, settings.dim)
+        teacher = TaskNetwork(encoder, [*head[:layers_in(state)]], classes)
         teacher.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError(f"--teacher {path} is no run of finetune, distill or linear of this script"
@@ -1878,8 +1890,8 @@ def top1(logits: Tensor, images: Images, shown: Tensor) -> float:
 
 
 def whole_encoder(args) -> nn.Module:
-    """For the later stages, which train all of it: a ViT's patch projection too, whose freezing is a
-    remedy for pre-training."""
+    """For the later stages, which train all of it: a ViT's patch projection too, which is frozen
+    for pre-training alone."""
     encoder = build_encoder(args)
     if args.arch.startswith("vit"):
         encoder.patch_embed.proj.requires_grad_(True)
@@ -1948,7 +1960,8 @@ def supervise(args) -> None:
     data = load_data(args, labels=True)
     images = len(data.train)
     data.train = everywhere(lambda: labelled(data.train, args))
-    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
+    names = b" ".join(map(os.fsencode, data.train.names))
+    data.digest += f"-{hashlib.sha256(names).hexdigest()[:8]}"
     if args.stage == "finetune":
         published(args, len(data.train) / images)
     encoder = whole_encoder(args)
@@ -1996,7 +2009,7 @@ def distill(args) -> None:
                         f"{len(data.classes)}")
     known = torch.full([len(data.train)], -1)
     if args.alpha < 1:
-        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # they may be fewer than a batch
+        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # fewer than a batch will do
         listed = everywhere(lambda: labelled(data.train, some))
         isin = torch.from_numpy(np.isin(data.train.names, listed.names))
         known = torch.where(isin, data.train.labels, known)
@@ -2005,7 +2018,8 @@ def distill(args) -> None:
     student = TaskNetwork(whole_encoder(args), [], classes)
     nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; 0 is for fine-tuning
     net = prepare(student, args)
-    teacher.to(args.device, args.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
+    teacher.to(args.device, args.dtype, memory_format=torch.channels_last)
+    teacher.requires_grad_(False).eval()
     optimizer = build_optimizer(student, args)
     run = Run(args, data)
     if listed is not None:
@@ -2017,7 +2031,8 @@ def distill(args) -> None:
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
 
     def step(batch, epoch):
-        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        x = normalize(batch.crops, args.mean, args.std)
+        x = x.contiguous(memory_format=torch.channels_last)
         loss, s, t = distill_step(net, teacher, optimizer, x, known[batch.shown].to(args.device),
                                   epoch, args)
         return loss, (s, t)
@@ -2032,7 +2047,8 @@ def distill(args) -> None:
 
     @torch.no_grad()
     def evaluate(epoch):
-        if data.val is None or epoch < args.epochs and (not args.knn_every or epoch % args.knn_every):
+        skipped = epoch < args.epochs and (not args.knn_every or epoch % args.knn_every)
+        if data.val is None or skipped:
             return {}
         result = {}
         for name, network in (("top1", student), ("teacher_top1", teacher))[:1 if epoch else 2]:
@@ -2085,7 +2101,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+                    KeyboardInterrupt: "interrupted; what was saved is whole",
+                    }.get(type(error), error)
         if rank() == 0:
             print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first
