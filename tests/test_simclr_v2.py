@@ -998,6 +998,17 @@ def test_a_step_trains_twice_the_mean_in_one_forward_of_both_views():  # sheet 1
         assert group["lr"] == pytest.approx(0.2)
 
 
+def test_the_online_classifier_skips_unknown_labels():  # STL-10's are -1
+    args, model, labels = parse(*STEP.split()), build("online"), labels_of()
+    labels[::3] = -1
+    twin, x = copy.deepcopy(model), views()
+    simclr_v2.train_step(model, simclr_v2.build_optimizer(model, args), x, labels, 40.0, args)
+    both = labels.repeat(2)
+    loss = cross_entropy(twin(x)[3][both >= 0], both[both >= 0], reduction="sum") / 16
+    assert furthest([p.grad for p in model.online.parameters()],
+                    torch.autograd.grad(loss, [*twin.online.parameters()])) < 1e-12
+
+
 def test_the_first_step_of_all_has_lr_0_and_leaves_the_weights():  # sheet 4.1
     args, model = parse(*STEP.split()), build()
     before = copy.deepcopy(model.state_dict())
