@@ -1,52 +1,53 @@
 """SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners (Chen et al., 2020).
 
-Papers: https://arxiv.org/abs/2006.10029 ("v2"), https://arxiv.org/abs/2002.05709 ("v1", which is a
-recipe of this script). "authors' code" is google-research/simclr at 383d414 (TensorFlow), of which we
-know settings and structure; v2's appendices were not at hand: what stands on memory alone is marked
-"recalled". Three stages:
+Papers: https://arxiv.org/abs/2006.10029 ("v2"), https://arxiv.org/abs/2002.05709 ("v1", a recipe of
+this script). "authors' code": google-research/simclr at 383d414 (TensorFlow), of which we know
+settings and structure; "an author": in its issues; "recalled": from memory, since v2's appendices
+were not at hand. Three stages:
 
     1. pretrain: x1, x2 = t(x), t'(x)       # two views of each of N images     [N, 3, S, S]
        h = f(x); z = g(h)                   # encoder f, deep head g, on all 2N views in one pass
        L = -log(exp(cos(z_i, z_j) / tau) / sum_k exp(cos(z_i, z_k) / tau))      # v1, Eq. (1)
                                             # j: the other view of i's image; k: all 2N - 1 but i
-    2. finetune: f_task(x) = W_task * s(BN(W1 * f(x)))    # from the head's first layer on, s: ReLU;
+    2. finetune: f_task(x) = W_task * s(BN(W1 * f(x)))    # s: ReLU; from the head's first layer on;
                                             # cross-entropy, 1 % or 10 % of the labels
-    3. distill:  L = -sum_y P_T(y | x) log P_S(y | x)     # P = softmax(f_task(x) / tau); x: every
-                                            # image, no labels; teacher T fixed; student S, which
+    3. distill:  L = -sum_y P_T(y | x) log P_S(y | x)     # P = softmax(f_task(x) / tau); x: all
+                                            # images, no labels; teacher T fixed; student S, which
                                             # starts at random (recalled) and has no head
 
 `--from-layer k` starts from the output of the head's k-th layer: 0 is the encoder's h, 1 what the
 first linear layer, its batch norm and ReLU make of it (kept, and trained on), the last is z.
 
-The gradient passes through the gather of all processes' z, and batch norm, in the head too, sees the
-2N views of all: both are what makes the global batch one. LARS has the lr inside its momentum; biases
-and norms take the raw lr without decay, and so does, with decay, a classifier's matrix.
+The gradient passes through the gather of all processes' z, and batch norm, in the head too, sees
+the 2N views of all: both are what makes the global batch one. LARS has the lr inside its momentum;
+biases and norms take the raw lr, undecayed, and a classifier's matrix takes it decayed.
 
-Departures from the authors' code: an epoch drops what is left over and the next starts anew (there:
-batches run on across epochs, so that it takes a few more steps; both numbers are printed), so that a
-step's images are a function of seed and step; bfloat16 forward pass on hardware that has it; He
-initialisation (there: truncated normal, 1 / sqrt(fan_in)); torchvision's crops, bilinear, and colour
-operations (there: bicubic, contrast around each channel's mean, saturation in HSV, one sigma of blur
-a batch; in v1 brightness by an offset); symmetric padding of the max-pool (there: TensorFlow's); no
-projection in the first shortcut of ResNet-18 and -34 (there: one); a last batch norm whose bias is
-fixed at 0 (there: none); in fine-tuning a new classifier (there, in TensorFlow 2: the online one,
-which has seen all labels) and a kept head layer that is trained (there, in TensorFlow 1: not; of the
-paper's runs it is not known).
-The distillation loss is times tau^2, as in the authors' notebook: at tau 0.1 a hundredth of the
-formula's (--no-tau-squared), which LARS hides from the weights, but not from norms and biases.
+Departures from the papers: the loss is twice v1's mean, as in the authors' code. Distillation's is
+times tau^2, as in their notebook: at tau 0.1 a hundredth of the formula's (--no-tau-squared), which
+LARS hides from the weights, but not from norms and biases. v2's memory (--queue 65536) is off, for
+their code lacks it: 71.7 % with it, 71.1 % without (ResNet-50, an author). Not known of it, so our
+choice: both views ask and enter; the momentum encoder's batch norms are in train mode, on its own
+2N views; the queue starts at random.
 
-The memory (--queue 65536, about 1 % better, says v2) is not in their code. Open: whether both views
-ask and enter, the mode of the momentum encoder's batch norms, how the queue starts. Our choice: both
-do; in train mode, on its own 2N views; at random. Official checkpoints, TensorFlow's, are not read.
+Departures from the authors' code: an epoch drops what is left over (there, batches run on across
+epochs: a few more steps; both numbers are printed), so that a step's images are a function of seed
+and step; bfloat16 forward pass on hardware that has it; He initialisation (there: truncated normal,
+1 / sqrt(fan_in)); torchvision's crops, bilinear, and colours (there: bicubic, contrast around each
+channel's mean, saturation in HSV, one sigma of blur a batch; in v1 brightness by an offset);
+symmetric padding of the max-pool; no projection in the first shortcut of ResNet-18 and -34; in the
+head a last batch norm whose bias is fixed at 0 (there: none); a new classifier for fine-tuning
+(there, in TensorFlow 2: the online one, which has seen all labels) and a kept head layer that is
+trained (there, in TensorFlow 1: not; of the paper's runs it is not known). Their checkpoints,
+TensorFlow's, are not read.
 
-    python simclr_v2.py                                             # built-in images, a minute or two
+    python simclr_v2.py                                             # built-in images, a minute
     torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --arch resnet152 --width 3 --sk
-    torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --recipe imagenet-v1   # SimCLR v1
-    python simclr_v2.py finetune --init runs/simclr_v2-demo/last.pt --labels 0.01         # stage 2
-    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune   # stage 3: self-distillation
+    torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --recipe imagenet-v1  # SimCLR v1
+    python simclr_v2.py finetune --init runs/simclr_v2-demo/last.pt --labels 0.01        # stage 2
+    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune  # stage 3: self-distillation
     python simclr_v2.py distill --teacher runs/simclr_v2-demo-distill --width 0.125 --out runs/small
     python simclr_v2.py linear --init runs/simclr_v2-demo/last.pt   # linear evaluation
-    python simclr_v2.py embed --init runs/simclr_v2-demo/last.pt --data FOLDER   # features of a folder
+    python simclr_v2.py embed --init runs/simclr_v2-demo/last.pt --data FOLDER  # its features
 """
 
 import argparse
@@ -88,37 +89,36 @@ from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synch
 
 # ----------------------------------------------------------------------------------------- recipes
 
-# Every field is also a flag (--base-lr 0.2). Columns: v2 on ImageNet; v1 on ImageNet; ViT, for which
-# neither has a recipe: lr and decay of MoCo v3's comparison (arXiv:2104.02057, Sec. 4.2), the rest as
-# in moco_v3.py and v2; CIFAR: the authors' code's command (README); the demo's: our choice.
+# Every field is also a flag (--base-lr 0.2). Columns: v2 on ImageNet; v1 on ImageNet; ViT, of which
+# neither speaks: lr and decay of MoCo v3's comparison (arXiv:2104.02057, Sec. 4.2), the rest as in
+# moco_v3.py and v2; CIFAR: the authors' code's command (README); the demo's: our choice.
 RECIPE_NAMES = ("imagenet", "imagenet-v1", "imagenet-vit", "cifar", "demo")
 PRETRAIN = {
     # ---------------- imagenet - v1 ----- vit ----- cifar ---- demo
     "arch":               ("resnet50", "resnet50", "vit_small", "resnet18", "resnet10"),
     "width":              (1.0, 1.0, 1.0, 1.0, 0.25),  # of a ResNet. v2, Table 1: 1 to 3
     "sk":                 (False,) * 5,        # selective kernels, ratio 0.0625: authors' code
-    "small_images":       (False, False, False, True, True),  # a ResNet's 3x3 stem, no margin in the
-    #                    test view. v1, App. B.9
+    "small_images":       (False, False, False, True, True),  # a ResNet's 3x3 stem (v1, App. B.9),
+    #                    no margin in the test view (authors' code)
     "zero_init_residual": (True,) * 5,         # authors' code
-    "patch_size":         (16, 16, 16, 4, 8),  # of a ViT, pixels
+    "patch_size":         (16, 16, 16, 4, 8),  # of a ViT, pixels: as in moco_v3.py
     "heads":              (0,) * 5,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
     "patch_projection":   ("frozen",) * 5,     # of a ViT. arXiv:2104.02057, Sec. 4.2
-    "head_layers":        (3, 2, 3, 3, 3),     # both papers'; authors' code. 0: the identity, z is h;
-    #                    1: linear (v1's study)
+    "head_layers":        (3, 2, 3, 3, 3),     # both papers'; CIFAR: authors' code. 0: z is h
     "dim":                (128,) * 5,          # of z. authors' code
     # ---------------- optimisation
     "temperature":        (0.1, 0.1, 0.1, 0.5, 0.1),  # tau. authors' code; v1's: recalled
-    "queue":              (0,) * 5,            # that many negatives from earlier batches; v2: 65536
+    "queue":              (0,) * 5,            # so many negatives from earlier batches; v2: 64K
     "ema_momentum":       (0.999,) * 5,        # of their encoder. v2, Sec. 3
-    "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),
+    "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),  # v2, Sec. 3; authors' code
     "epochs":             (800, 1000, 300, 1000, 3),  # v2, Sec. 3.1; v1, Sec. 6
     "batch_size":         (4096, 4096, 4096, 512, 64),  # of all processes together. v2, Sec. 3.1
     "lr_rule":            ("sqrt", "linear", "linear", "linear", "sqrt"),  # lr is base_lr times
-    #                    sqrt(batch_size) or batch_size / 256. v1, App. B.1; v2: 0.1 * 64 = 6.4
-    "base_lr":            (0.1, 0.3, 2e-4, 1.0, 0.6),  # v2's: an author says so; v1's by sqrt: 0.075
-    "warmup_epochs":      (40.0, 10.0, 40.0, 10.0, 0.5),  # v2's: 5 % of its 800, an author says
-    "momentum":           (0.9,) * 5,          # of LARS and SGD
-    "weight_decay":       (1e-4, 1e-6, 0.1, 1e-4, 1e-6),  # v2's: authors' code; v1's: the paper's text
+    #                    sqrt(batch_size) or batch_size / 256. v1, App. B.1; v2's: an author
+    "base_lr":            (0.1, 0.3, 2e-4, 1.0, 0.6),  # v2's: an author; v1's by sqrt: 0.075
+    "warmup_epochs":      (40.0, 10.0, 40.0, 10.0, 0.5),  # v2's: 5 % of its 800, an author
+    "momentum":           (0.9,) * 5,          # of LARS and SGD. v2, Sec. 3; authors' code
+    "weight_decay":       (1e-4, 1e-6, 0.1, 1e-4, 1e-6),  # v2's: authors' code; v1's: its text
     "precision":          ("auto",) * 5,       # auto: bf16 where native, else fp32: ours
     # ---------------- augmentation, the same for both views. v1, App. A
     "image_size":         (224, 224, 224, 32, 32),  # pixels
@@ -134,7 +134,7 @@ PRETRAIN = {
     "knn_k":              (200,) * 5,
     "knn_temperature":    (0.1,) * 5,
 }
-LINEAR = {  # v1, App. B.5, B.6; CIFAR: authors' code. ViT, demo: our choice
+LINEAR = {  # v1, App. B.5, B.6; CIFAR: authors' code; ViT, demo: our choice
     "labels":             ("1.0",) * 5,        # share of the labels, or a file that lists images
     "from_layer":         (0,) * 5,            # of the head: see above
     "optimizer":          ("sgd",) * 5,        # with Nesterov's momentum
@@ -145,7 +145,7 @@ LINEAR = {  # v1, App. B.5, B.6; CIFAR: authors' code. ViT, demo: our choice
     "warmup_epochs":      (0.0,) * 5,
     "momentum":           (0.9,) * 5,
     "weight_decay":       (0.0,) * 5,          # authors' code: 1e-6; paper: none
-    "crop_min":           (0.08, 0.08, 0.08, 0.08, 1.0),  # the demo's crops lose the shape too often
+    "crop_min":           (0.08, 0.08, 0.08, 0.08, 1.0),  # the demo's would often lose the shape
     "precision":          ("auto",) * 5,
 }
 FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.5. For other shares
@@ -163,12 +163,14 @@ FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.
     "crop_min":           LINEAR["crop_min"],
     "precision":          ("auto",) * 5,
 }
-DISTILL = {  # v2, Sec. 3.1: 400 epochs, LARS; lr, decay, batch as in pre-training: recalled. v1 has no
-             # such stage; its column, ViT's, CIFAR's and the demo's: our choice
+DISTILL = {  # v2, Sec. 3.1: 400 epochs; lr, 5 % of warm-up, decay, batch as in stage 1: recalled;
+             # LARS: authors' notebook ("arbitrary": an author). v1 has no such stage: its column,
+             # ViT's, CIFAR's, the demo's: our choice
     "teacher":            ("",) * 5,           # run folder of a fine-tuned or distilled network
     "temperature":        (1.0,) * 5,          # tau. v2, Sec. 3.1; for self-distillation 0.1
     "tau_squared":        (True,) * 5,         # loss times tau^2: authors' notebook; see above
-    "alpha":              (1.0,) * 5,          # share of distillation; the rest: labels. recalled
+    "alpha":              (1.0,) * 5,          # share of distillation (v2, Sec. 3); the rest,
+    #                    labels: recalled
     "labels":             ("0.01",) * 5,       # which ones, if alpha is below 1: by default those
     #                    that the teacher was fine-tuned with
     "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),
@@ -199,8 +201,7 @@ SCRIPT = "simclr_v2"
 
 
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
-    """Second stage of a view, on the device (v1, App. A): colours, blur; no normalisation but the
-    demo's. The later stages have the first one alone.
+    """Second stage of a view, on the device (v1, App. A): colours, blur. Later stages go without.
 
     x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
     and `resized_crop` below). u [B, COLOUR_DRAWS]: uniform random numbers, each image's own.
@@ -224,8 +225,8 @@ def build_encoder(args) -> nn.Module:
 
 
 def projection_head(in_dim: int, layers: int, dim: int) -> nn.Sequential:
-    """g: [B, in_dim] -> [B, dim], in so many layers, each linear, batch norm, ReLU and as wide as its
-    input; the last without ReLU, and its batch norm without bias (authors' code). None: g(h) = h."""
+    """g: [B, in_dim] -> [B, dim]. A layer is linear, batch norm, ReLU, as wide as its input; the
+    last has no ReLU, and its batch norm no bias (authors' code). No layers: g(h) = h."""
     head = nn.Sequential()
     for last in [False] * (layers - 1) + [True] * (layers > 0):
         out_dim = dim if last else in_dim
@@ -240,7 +241,7 @@ class SimCLR(nn.Module):
     """g(f(.)), an online classifier of f's features, and with a queue the momentum encoder's keys.
 
     encoder maps images [B, 3, S, S] to [B, encoder.feature_dim]. queue: negatives kept, 0 for none.
-    classes: of the online classifier, which trains f not at all; 0 for none.
+    classes: of the online classifier, whose gradient f never sees; 0 for none.
     """
 
     def __init__(self, encoder: nn.Module, dim: int = 128, head_layers: int = 3, queue: int = 0,
@@ -256,12 +257,13 @@ class SimCLR(nn.Module):
         if queue:
             self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
-            self.queue = F.normalize(torch.randn(queue, dim if head_layers else encoder.feature_dim))
+            out_dim = dim if head_layers else encoder.feature_dim
+            self.queue = F.normalize(torch.randn(queue, out_dim))
             self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor):
         """Both views of N images [2N, 3, S, S], the first ones first, in one pass -> z1, z2 [N, d];
-        the momentum encoder's (k1, k2) [N, d] each, or None; online logits [2N, classes], or None."""
+        the momentum encoder's (k1, k2) or None; the online logits [2N, classes] or None."""
         h = self.encoder(x)
         z1, z2 = self.projector(h).chunk(2)
         keys = None
@@ -289,8 +291,8 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 
 
 class TaskNetwork(nn.Module):
-    """f_task (v2, Sec. 2): a new linear classifier on kept layers of the head on the encoder, [B, 3, S,
-    S] -> logits [B, classes]. frozen: the classifier alone is trained, the rest is in eval mode."""
+    """f_task (v2, Sec. 2): a new linear classifier on the kept layers of the head on the encoder.
+    [B, 3, S, S] -> [B, classes]. frozen: only the classifier is trained; the rest in eval mode."""
 
     def __init__(self, encoder: nn.Module, kept: list[nn.Module], classes: int,
                  frozen: bool = False):
@@ -339,8 +341,8 @@ def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
         b1   (b1a1)  b1a2    -inf   b1b2
         b2    b2a1  (b2a2)   b2b1   -inf
 
-    a, b of the columns are all processes', with gradient. With keys they are the momentum encoder's,
-    without, and queue [K, d] adds K columns of negatives (our reading of v2's memory).
+    The columns' a and b are all processes', with gradient. With keys they are the momentum
+    encoder's, without, and queue [K, d] adds K columns of negatives (our reading of v2's memory).
     """
     with torch.autocast(z1.device.type, enabled=False):  # which would round the products
         z1, z2 = unit(z1), unit(z2)
@@ -369,12 +371,11 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float,
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """-sum_y P_T(y | x) log P_S(y | x) at that temperature (v2, Sec. 2): the mean over the images.
 
-    Logits [n, classes] -> []. The teacher has no gradient; the least value is its entropy. There is
-    no factor tau^2 in here: see --tau-squared.
+    Logits [n, classes] -> [], in float32 at least. The teacher gets no gradient; its entropy is the
+    least value. The factor tau^2 is distill_step's.
     """
-    student, teacher = (
-        x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        for x in (student_logits, teacher_logits.detach()))
+    student, teacher = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+                        for x in (student_logits, teacher_logits.detach()))
     with torch.autocast(student.device.type, enabled=False):
         return F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
 
@@ -409,9 +410,9 @@ def effective_rank(z: Tensor) -> float:
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """LARS with the lr inside its momentum: norms and biases neither decayed nor adapted, a
-    classifier's matrix decayed alone; a student's is adapted too (their notebook). SGD, Nesterov's,
-    and AdamW: batch norms not decayed (all authors' code, but for AdamW, which is MoCo v3's)."""
+    """LARS, the lr inside its momentum: norms and biases neither decayed nor adapted, a
+    classifier's matrix decayed alone, a student's adapted too (authors' notebook). Nesterov's SGD,
+    and AdamW (MoCo v3's): all decayed but batch norms. The rest: authors' code."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if args.optimizer == "lars":
         raw = [named.pop(name) for name in ("online.weight", "fc.weight")
@@ -446,20 +447,15 @@ def warmup_cosine(epoch: float, args) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def official_steps(images: int, epochs: int, batch_size: int) -> int:
-    """Steps that the authors' code takes: all images that are to be seen, by the batch, and one."""
-    return images * epochs // batch_size + 1
-
-
 def set_lr(optimizer, epoch: float, args) -> None:
     for group in optimizer.param_groups:
         group["lr"] = peak_lr(args) * warmup_cosine(epoch, args)
 
 
 def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float, args):
-    """One step of stage 1. x: both views [2n, 3, S, S]; labels [n] for the online classifier, or None;
-    epoch: passes over the data so far, a fraction within one. Returns, all detached, the loss [], z1
-    and z2 [n, d], and the online logits [2n, classes] or None."""
+    """One step of stage 1. x: both views [2n, 3, S, S]; labels [n], below 0 where unknown, for the
+    online classifier, or None; epoch: passes over the data so far, a fraction within one. Returns,
+    detached, the loss [], z1 and z2 [n, d], and the online logits [2n, classes] or None."""
     module = getattr(model, "module", model)
     set_lr(optimizer, epoch, args)
     with autocast(args):
@@ -467,10 +463,8 @@ def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float,
     # The authors' code adds the two views' means; LARS hides that factor of 2 from the weights, but
     # for its balance with their decay, and not from norms and biases, which take the raw lr.
     loss = 2 * nt_xent_loss(z1, z2, args.temperature, keys, module.queue)
-    online = 0.0
-    if logits is not None:  # labels below 0 are unknown (STL-10's); the encoder has no gradient of it
-        online = F.cross_entropy(logits.to(args.dtype), labels.repeat(2), ignore_index=-1,
-                                 reduction="sum") / len(logits)
+    online = 0.0 if logits is None else F.cross_entropy(
+        logits.to(args.dtype), labels.repeat(2), ignore_index=-1, reduction="sum") / len(logits)
     optimizer.zero_grad()
     (loss + online).backward()
     optimizer.step()
@@ -479,12 +473,12 @@ def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float,
     return loss.detach(), z1.detach(), z2.detach(), None if logits is None else logits.detach()
 
 
-def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor | None, epoch: float, args):
-    """One step of stage 3 (v2, Sec. 2; the mixture: recalled): alpha times the distillation loss of all
-    images plus 1 - alpha times the cross-entropy of the labelled ones, each summed over the batch, by n.
+def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
+    """One step of stage 3 (v2, Sec. 2; the mixture: recalled): alpha times distillation_loss plus
+    1 - alpha times the cross-entropy of the labelled images, each a sum over the batch by n.
 
     x [n, 3, S, S]: one crop of each image, for teacher and student; labels [n], -1 where unknown.
-    Returns, all detached, the loss [] and the logits of student and teacher [n, classes].
+    Returns, detached, the loss [] and the logits of student and teacher [n, classes].
     """
     set_lr(optimizer, epoch, args)
     with autocast(args):
@@ -503,66 +497,10 @@ def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor | None, 
     optimizer.step()
     return loss.detach(), s.detach(), t
 
-
-def pretrain(args) -> None:
-    """Stage 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
-        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
-                        f"image's own would be among its negatives; {args.data} has "
-                        f"{len(data.train)} images")
-    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
-                   len(data.classes) if data.val else 0)
-    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
-    if whole:  # all but the online classifier, which always starts anew
-        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
-        args.initial.state = state | {n: x for n, x in model.state_dict().items()
-                                      if n.startswith("online.")}
-    net = prepare(model, args)
-    if args.queue and args.initial and not whole:
-        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
-        model.key_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
-        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
-    say_schedule(args, len(data.train))
-
-    def step(batch, epoch):
-        x = augment(batch.crops, batch.colours, args)
-        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
-        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
-        return loss, (z1, z2, logits, labels)
-
-    @torch.no_grad()
-    def monitor(seen):
-        z1, z2, logits, labels = seen
-        guess, positive = contrast_logits(z1, z2, 1.0)
-        # Of how many anchors the positive is the nearest candidate, and of how many views with a
-        # known label the online classifier is right.
-        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
-        if logits is not None:
-            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
-        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
-        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
-        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z),
-                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        result = knn_monitor(model.encoder, data, epoch, args)
-        if result and epoch:
-            h, shown = features(model.encoder, data.val, args)
-            result["online_top1"] = top1(model.online(h), data.val, shown)
-        return result
-
-    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
-    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
-
 # ==================================================================================================
 # Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop; and, at the
+# end, the stages, which call what stands above.
 # ==================================================================================================
 
 # ------------------------------------------------------------------------------------ command line
@@ -682,7 +620,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args) -> None:
-    """What the flags and --init make together must be buildable; what of them leaves others open."""
+    """What the flags and --init make together must be buildable, and every flag given must matter;
+    sets what follows from others."""
     flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
     given, vit = args.given.keys(), args.arch.startswith("vit")
     if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
@@ -692,34 +631,24 @@ def check(args) -> None:
                          else {"patch_size", "heads", "patch_projection"}):
         raise UserError(f"{flag[name]} is for a {'ResNet' if vit else 'ViT'}, and --arch is "
                         f"{args.arch}")
-    if args.stage == "embed":
-        return
-    column = RECIPE_NAMES.index(args.recipe)
-    if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
-        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, 1e-4 "
-                        "for adamw, 0.05 for sgd, by --lr-rule linear")
-    if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
-        names = ("optimizer", "base_lr", "lr_rule", "weight_decay")
-        values = (TABLES[args.stage][name][RECIPE_NAMES.index("imagenet-vit")] for name in names)
-        raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
-                        f"{args.arch}: give --optimizer {{}} --base-lr {{}} --lr-rule {{}} "
-                        "--weight-decay {}, as --recipe imagenet-vit has it".format(*values))
+    if args.stage != "embed":
+        check_optimizer(args, flag)
     if args.stage == "pretrain":
         if args.queue % (2 * args.batch_size):
             raise UserError(f"{flag['queue']} takes both views of whole batches: a multiple of "
                             f"{2 * args.batch_size}")
-        unused = {"ema_momentum": not args.queue, "dim": not args.head_layers,
-                  "momentum": args.optimizer == "adamw"}
+        unused = {"ema_momentum": not args.queue, "dim": not args.head_layers}
     elif args.stage == "distill":
         if not args.teacher:
             raise UserError("distill needs --teacher: the folder of a fine-tuned or distilled run")
         if args.init:
-            raise UserError("--init has no place in distill, whose student starts at random: leave it "
-                            "out")
+            raise UserError("--init has no place in distill, whose student starts at random: leave "
+                            "it out")
         if args.alpha > 1:
             raise UserError(f"{flag['alpha']} makes no sense: a share above 0, at most 1")
-        unused = {"labels": args.alpha == 1, "momentum": args.optimizer == "adamw",
-                  "head_layers": True, "dim": True}
+        unused = {"labels": args.alpha == 1, "head_layers": True, "dim": True}
+    elif args.stage == "embed":
+        unused = {"head_layers": True, "dim": True}
     else:
         if "from_layer" not in given:  # without --init there is no head to keep; z is a poor choice
             args.from_layer = min(args.from_layer, max(0, args.head_layers - 1)) if args.init else 0
@@ -729,7 +658,9 @@ def check(args) -> None:
             published(args)
         if args.from_layer > args.head_layers:
             raise UserError(f"{flag['from_layer']}, but the head has {args.head_layers} layers")
-        unused = {"momentum": args.optimizer == "adamw"}
+        unused = {"head_layers": not args.from_layer, "dim": args.from_layer < args.head_layers}
+    unused |= {"momentum": getattr(args, "optimizer", "") == "adamw",
+               "patch_projection": args.stage != "pretrain"}  # the others train it, or nothing of f
     for name in unused.keys() & given:
         if unused[name]:
             raise UserError(f"{flag[name]} would change nothing here")
@@ -742,9 +673,24 @@ def check(args) -> None:
         raise UserError(f"--arch {args.arch}{' --sk' * args.sk}: {error}") from None
 
 
+def check_optimizer(args, flag: dict[str, str]) -> None:
+    """The optimizer must have an lr made for it, and be made for the network."""
+    column, vit = RECIPE_NAMES.index(args.recipe), args.arch.startswith("vit")
+    given = args.given.keys()
+    if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
+        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, "
+                        "1e-4 for adamw, 0.05 for sgd, by --lr-rule linear")
+    if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
+        names = ("optimizer", "base_lr", "lr_rule", "weight_decay")
+        values = (TABLES[args.stage][name][RECIPE_NAMES.index("imagenet-vit")] for name in names)
+        raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
+                        f"{args.arch}: give --optimizer {{}} --base-lr {{}} --lr-rule {{}} "
+                        "--weight-decay {}, as --recipe imagenet-vit has it".format(*values))
+
+
 def published(args, listed: float | None = None) -> None:
-    """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and from
-    the encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest.
+    """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and the
+    encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest.
     listed: the share that a file lists, once it has been read."""
     try:
         share = float(args.labels)
@@ -754,7 +700,8 @@ def published(args, listed: float | None = None) -> None:
     if share > 0.03 and "epochs" not in args.given:
         args.epochs = FINETUNE["epochs"][RECIPE_NAMES.index(args.recipe)] // 2
         if args.warmup_epochs >= args.epochs:
-            raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+            raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} "
+                            "epochs")
     if share > 0.3 and "from_layer" not in args.given:
         args.from_layer = 0
 
@@ -1593,8 +1540,8 @@ def load_file(path: str, device="cpu"):
 
 
 def read_official(file: dict) -> tuple[dict, dict]:
-    raise UserError("this is another method's official checkpoint; SimCLR's are TensorFlow's, which are "
-                    "not read: --init takes last.pt or encoder.pt of a run")
+    raise UserError("this is another method's official checkpoint; SimCLR's are TensorFlow's, "
+                    "which are not read: --init takes last.pt or encoder.pt of a run")
 
 
 # same as simsiam.py
@@ -1858,23 +1805,32 @@ def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Te
     return loss
 
 
+def official_steps(images: int, epochs: int, batch_size: int) -> int:
+    """Steps that the authors' code takes: all images that are to be seen, by the batch, and one."""
+    return images * epochs // batch_size + 1
+
+
 def say_schedule(args, images: int) -> None:
     steps, rule = args.epochs * (images // args.batch_size), {
         "sqrt": f"sqrt({args.batch_size})", "linear": f"{args.batch_size} / 256"}[args.lr_rule]
+    theirs = official_steps(images, args.epochs, args.batch_size)
     say(f"{args.optimizer}, lr {args.base_lr:g} x {rule} = {peak_lr(args):.4g}, {steps} steps (the "
-        f"authors' code: {official_steps(images, args.epochs, args.batch_size)}, for its batches run on "
-        "across epochs)")
+        f"authors' code: {theirs}, for its batches run on across epochs)")
+
+
+def layers_in(state: dict) -> int:
+    """How many layers of the head a state dict holds."""
+    return len({name.split(".")[1] for name in state if name.startswith("projector.")})
 
 
 def kept_layers(args, feature_dim: int) -> list[nn.Module]:
-    """The head's first --from-layer layers, with the weights that --init has; new ones without it."""
+    """The head's first --from-layer layers, with --init's weights, or new ones without it."""
     head = [*projection_head(feature_dim, args.head_layers, args.dim)][:args.from_layer]
     if not args.initial:
         return head
-    there = len({name.split(".")[1] for name in args.initial.state if name.startswith("projector.")})
-    if there < args.from_layer:
-        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds {there} layers of the "
-                        "head: give last.pt of the pre-training, or a smaller --from-layer")
+    if (there := layers_in(args.initial.state)) < args.from_layer:
+        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds {there} layers of "
+                        "the head: give last.pt of the pre-training, or a smaller --from-layer")
     for i, layer in enumerate(head):
         prefix = f"projector.{i}."
         try:
@@ -1887,7 +1843,7 @@ def kept_layers(args, feature_dim: int) -> list[nn.Module]:
 
 
 def read_teacher(args) -> TaskNetwork:
-    """--teacher as a network; what it was built from becomes the student's where no flag says else."""
+    """--teacher as a network; its settings become the student's where no flag says otherwise."""
     path = os.path.join(args.teacher, "last.pt") if os.path.isdir(args.teacher) else args.teacher
     file = load_file(path)
     try:
@@ -1895,9 +1851,8 @@ def read_teacher(args) -> TaskNetwork:
         settings = SimpleNamespace(**{name: config[name] for name in ENCODER})
         classes = len(state["fc.bias"])
         encoder = build_encoder(settings)
-        there = len({name.split(".")[1] for name in state if name.startswith("projector.")})
-        kept = projection_head(encoder.feature_dim, settings.head_layers, settings.dim)[:there]
-        teacher = TaskNetwork(encoder, [*kept], classes)
+        head = projection_head(encoder.feature_dim, settings.head_layers, settings.dim)
+        teacher = TaskNetwork(encoder, [*head[:layers_in(state)]], classes)
         teacher.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError(f"--teacher {path} is no run of finetune, distill or linear of this script"
@@ -1936,12 +1891,69 @@ def top1(logits: Tensor, images: Images, shown: Tensor) -> float:
 
 
 def whole_encoder(args) -> nn.Module:
-    """For the later stages, which train all of it: a ViT's patch projection too, whose freezing is a
-    remedy for pre-training."""
+    """For the later stages, which train all of it: a ViT's patch projection too, which is frozen
+    for pre-training alone."""
     encoder = build_encoder(args)
     if args.arch.startswith("vit"):
         encoder.patch_embed.proj.requires_grad_(True)
     return encoder
+
+
+def pretrain(args) -> None:
+    """Stage 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
+        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
+                        f"image's own would be among its negatives; {args.data} has "
+                        f"{len(data.train)} images")
+    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
+                   len(data.classes) if data.val else 0)
+    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
+    if whole:  # all but the online classifier, which always starts anew
+        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
+        args.initial.state = state | {n: x for n, x in model.state_dict().items()
+                                      if n.startswith("online.")}
+    net = prepare(model, args)
+    if args.queue and args.initial and not whole:
+        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
+        model.key_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
+        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
+    say_schedule(args, len(data.train))
+
+    def step(batch, epoch):
+        x = augment(batch.crops, batch.colours, args)
+        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
+        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
+        return loss, (z1, z2, logits, labels)
+
+    @torch.no_grad()
+    def monitor(seen):
+        z1, z2, logits, labels = seen
+        guess, positive = contrast_logits(z1, z2, 1.0)
+        # Of how many anchors the positive is the nearest candidate, and of how many views with a
+        # known label the online classifier is right.
+        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
+        if logits is not None:
+            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
+        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
+        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
+        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        return {"std": feature_std(z), "rank": effective_rank(z),
+                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        result = knn_monitor(model.encoder, data, epoch, args)
+        if result and epoch:
+            h, shown = features(model.encoder, data.val, args)
+            result["online_top1"] = top1(model.online(h), data.val, shown)
+        return result
+
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
 
 
 def supervise(args) -> None:
@@ -1949,7 +1961,8 @@ def supervise(args) -> None:
     data = load_data(args, labels=True)
     images = len(data.train)
     data.train = everywhere(lambda: labelled(data.train, args))
-    data.digest += f"-{hashlib.sha256(b' '.join(map(os.fsencode, data.train.names))).hexdigest()[:8]}"
+    names = b" ".join(map(os.fsencode, data.train.names))
+    data.digest += f"-{hashlib.sha256(names).hexdigest()[:8]}"
     if args.stage == "finetune":
         published(args, len(data.train) / images)
     encoder = whole_encoder(args)
@@ -1997,7 +2010,7 @@ def distill(args) -> None:
                         f"{len(data.classes)}")
     known = torch.full([len(data.train)], -1)
     if args.alpha < 1:
-        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # they may be fewer than a batch
+        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # fewer than a batch will do
         listed = everywhere(lambda: labelled(data.train, some))
         isin = torch.from_numpy(np.isin(data.train.names, listed.names))
         known = torch.where(isin, data.train.labels, known)
@@ -2006,7 +2019,8 @@ def distill(args) -> None:
     student = TaskNetwork(whole_encoder(args), [], classes)
     nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; 0 is for fine-tuning
     net = prepare(student, args)
-    teacher.to(args.device, args.dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
+    teacher.to(args.device, args.dtype, memory_format=torch.channels_last)
+    teacher.requires_grad_(False).eval()
     optimizer = build_optimizer(student, args)
     run = Run(args, data)
     if listed is not None:
@@ -2018,7 +2032,8 @@ def distill(args) -> None:
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
 
     def step(batch, epoch):
-        x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+        x = normalize(batch.crops, args.mean, args.std)
+        x = x.contiguous(memory_format=torch.channels_last)
         loss, s, t = distill_step(net, teacher, optimizer, x, known[batch.shown].to(args.device),
                                   epoch, args)
         return loss, (s, t)
@@ -2033,7 +2048,8 @@ def distill(args) -> None:
 
     @torch.no_grad()
     def evaluate(epoch):
-        if data.val is None or epoch < args.epochs and (not args.knn_every or epoch % args.knn_every):
+        skipped = epoch < args.epochs and (not args.knn_every or epoch % args.knn_every)
+        if data.val is None or skipped:
             return {}
         result = {}
         for name, network in (("top1", student), ("teacher_top1", teacher))[:1 if epoch else 2]:
@@ -2086,7 +2102,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+                    KeyboardInterrupt: "interrupted; what was saved is whole",
+                    }.get(type(error), error)
         if rank() == 0:
             print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d, cross_entropy, normalize
 
 import simclr_v2
+import simsiam
 from common import LARS, SelectiveKernel, ShortcutPool, resnet
 from conftest import on_ranks
 from helpers import DOUBLE, Gather, Tiny, count, differs, furthest, part, ready, record_gradients
@@ -953,6 +954,17 @@ def test_a_step_trains_twice_the_mean_in_one_forward_of_both_views():  # sheet 1
         assert group["lr"] == pytest.approx(0.2)
 
 
+def test_the_online_classifier_skips_unknown_labels():  # STL-10's are -1
+    args, model, labels = parse(*STEP.split()), build("online"), labels_of()
+    labels[::3] = -1
+    twin, x = copy.deepcopy(model), views()
+    simclr_v2.train_step(model, simclr_v2.build_optimizer(model, args), x, labels, 40.0, args)
+    both = labels.repeat(2)
+    loss = cross_entropy(twin(x)[3][both >= 0], both[both >= 0], reduction="sum") / 16
+    assert furthest([p.grad for p in model.online.parameters()],
+                    torch.autograd.grad(loss, [*twin.online.parameters()])) < 1e-12
+
+
 def test_the_first_step_of_all_has_lr_0_and_leaves_the_weights():  # sheet 4.1
     args, model = parse(*STEP.split()), build()
     before = copy.deepcopy(model.state_dict())
@@ -1127,6 +1139,74 @@ def test_distillation_is_least_where_the_student_is_the_teacher():
     assert wrong.item() == pytest.approx(1e4)
     flat = torch.zeros(6, 4, dtype=DOUBLE)  # a fresh classifier, as student
     assert distillation_loss(flat, teacher, 0.1).item() == pytest.approx(math.log(4))
+
+
+DISTILL_STEP = ("distill --init none --teacher x --recipe imagenet --batch-size 400 --base-lr 0.01 "
+                "--weight-decay 0.1 --temperature 0.5")
+
+
+def distilled(flags, mistake=""):
+    """How far three steps are from those written out: of 400 epochs, 20 of warm-up."""
+    args = parse(*f"{DISTILL_STEP} {flags}".split())
+    torch.manual_seed(0)
+    teacher, student = (TaskNetwork(shaken(Tiny(), seed), [], 4).to(DOUBLE) for seed in (5, 6))
+    for net in (teacher, student):
+        nn.init.normal_(net.fc.weight)
+    teacher.eval()
+    twin, optimizer = copy.deepcopy(student), simclr_v2.build_optimizer(student, args)
+    buffers, worst, alpha = {}, [], args.alpha
+    for i, epoch in enumerate((0.0, 10.0, 200.25)):
+        x, labels = views(4, seed=40 + i), torch.tensor([0, -1, 3, -1, -1, 2, -1, -1])
+        inputs, hooks = [], [net.encoder.register_forward_pre_hook(
+            lambda module, inputs_: inputs.append(inputs_[0])) for net in (teacher, student)]
+        ours, s, t = simclr_v2.distill_step(student, teacher, optimizer, x, labels, epoch, args)
+        [hook.remove() for hook in hooks]
+        assert len(inputs) == 2 and all(y is x for y in inputs)  # T14: one crop for both
+        assert not (ours.requires_grad or s.requires_grad or t.requires_grad)
+        theirs = twin(x), teacher(x).detach()
+        worst += [furthest([s, t], theirs)]
+        known = cross_entropy(theirs[0][labels >= 0], labels[labels >= 0], reduction="sum")
+        known = known / (3 if mistake == "by the labelled" else 8)
+        loss = slow_distillation(*theirs, 0.5) * (1 if mistake == "no tau squared" else 0.25)
+        loss = (1 - alpha) * loss + alpha * known if mistake == "alpha of the labels" else (
+            alpha * loss + (1 - alpha) * known)
+        worst.append(abs(ours - loss).item())
+        named = dict(twin.named_parameters())
+        gradients = torch.autograd.grad(loss, [*named.values()])
+        lr = 0.2 * (epoch / 20 if epoch < 20 else (1 + math.cos(math.pi * (epoch - 20) / 380)) / 2)
+        for (name, p), g in zip(named.items(), gradients):
+            kind = "raw" if p.ndim == 1 else "adapted"  # sheet 1.6: the demo's classifier too
+            if mistake == "classifier not adapted" and name == "fc.weight":
+                kind = "raw, decayed"
+            new, buffers[name] = slow_lars(p, g, buffers.get(name, torch.zeros_like(p)), lr, kind)
+            with torch.no_grad():
+                p.copy_(new)
+    return max(*worst, furthest(student.state_dict().values(), twin.state_dict().values()))
+
+
+@pytest.mark.parametrize("flags", ["", "--alpha 0.75"])
+def test_distillation_steps_equal_those_written_out(flags):
+    assert distilled(flags) < 1e-9
+
+
+@pytest.mark.parametrize("mistake", ["by the labelled", "no tau squared", "alpha of the labels",
+                                     "classifier not adapted"])
+def test_distillation_steps_with_a_mistake_differ(mistake):
+    assert distilled("--alpha 0.75", mistake) > 1e-3
+
+
+# ---------------------------------------------------------------------------- augmentation, sheet 3
+
+
+@pytest.mark.parametrize("recipe", ["imagenet", "imagenet-v1", "cifar", "demo"])
+def test_views_are_those_of_simsiam(recipe):  # which test_augmentation.py compares with torchvision
+    args = parse("--recipe", recipe)
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(48, 3, 40, 40, generator=g)
+    u = torch.rand(48, simclr_v2.COLOUR_DRAWS, generator=g, dtype=DOUBLE)
+    ours = simclr_v2.augment(x, u, args)
+    assert furthest([ours], [simsiam.augment(x, u, args)]) < 1e-6
+    assert furthest([ours], [simsiam.augment(x, u.roll(1, 0), args)]) > 0.1  # u: each image's own
 
 
 # --------------------------------------------------------------------------- recipes, sheets 3 and 4

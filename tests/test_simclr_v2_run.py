@@ -167,6 +167,26 @@ def test_linear_evaluation_changes_the_classifier_alone(trained, classes, tmp_pa
     assert after["fc.weight"].abs().max() > 0 and len(records(tmp_path, "top1")) == 3
 
 
+def test_top1_is_an_exact_count(trained, classes, tmp_path):
+    args = ["--init", trained / "last.pt", "--data", classes, "--workers", 0, "--precision", "fp32"]
+    assert main("linear", *args, "--epochs", 2, "--batch-size", 4, "--out", tmp_path / "run") == 0
+    assert main("embed", *args, "--out", tmp_path / "e") == 0
+    result, state = torch.load(tmp_path / "e" / "features.pt"), weights(tmp_path / "run")
+    guess = (result["features"][-12:] @ state["fc.weight"].T + state["fc.bias"]).argmax(1)
+    right = sum(a == b for a, b in zip(guess.tolist(), result["labels"][-12:], strict=True))
+    assert records(tmp_path / "run", "top1")[-1]["top1"] == right / 12
+
+
+@pytest.mark.parametrize("stage", ["finetune", "distill"])
+def test_the_network_is_evaluated_every_so_many_epochs(stage, trained, tuned, classes, tmp_path):
+    source = ["--teacher", tuned] if stage == "distill" else ["--init", trained / "last.pt",
+                                                              "--labels", 0.25]
+    for every, epochs in ((2, [0, 2, 3]), (0, [3])):
+        assert main(stage, *source, "--data", classes, *TUNE, "--epochs", 3, "--knn-every", every,
+                    "--out", tmp_path / str(every)) == 0
+        assert [x["epoch"] for x in records(tmp_path / str(every), "top1")] == epochs
+
+
 # ------------------------------------------------------------------------------ stage 3: distillation
 
 
@@ -185,6 +205,28 @@ def test_a_student_learns_from_the_teacher_without_labels(tuned, classes, photos
     state = weights(tmp_path / "labelled")
     assert not any(name.startswith("projector.") for name in state)  # the head is left out
     assert state["encoder.conv1.weight"].shape == before["encoder.conv1.weight"].shape
+
+
+def test_the_teacher_is_fixed_and_later_stages_crop_and_flip_alone(
+        tuned, trained, classes, tmp_path, monkeypatch):
+    step, seen = simclr_v2.distill_step, []
+
+    def recorded(student, teacher, *rest):
+        before = [x.clone() for x in teacher.state_dict().values()]
+        result = step(student, teacher, *rest)
+        trains = any(m.training for m in teacher.modules()) or any(
+            p.requires_grad for p in teacher.parameters())
+        seen.append(not trains and same(before, teacher.state_dict().values()))
+        return result
+
+    monkeypatch.setattr(simclr_v2, "distill_step", recorded)
+    for name in ("augment", "color_jitter", "grayscale", "gaussian_blur"):
+        monkeypatch.delattr(simclr_v2, name)
+    args = ["--data", classes, *TUNE, "--steps", 3, "--out"]
+    assert main("distill", "--teacher", tuned, *args, tmp_path / "kd") == 0 and seen == [True] * 3
+    for stage in ("finetune", "linear"):
+        assert main(stage, "--init", trained / "last.pt", "--labels", 0.25, *args,
+                    tmp_path / stage) == 0
 
 
 def test_a_student_may_be_another_network_and_teach_in_turn(tuned, classes, tmp_path, capsys):
@@ -253,6 +295,18 @@ MISTAKES = {
     "a queue of no whole batches": ("--queue 64", "a multiple of 128"),
     "momentum of no queue": ("--ema-momentum 0.9", "would change nothing here"),
     "width of no head": ("--head-layers 0 --dim 64", "would change nothing here"),
+    "a head for embed": ("embed --init none --dim 64", "would change nothing here"),
+    "a head that nobody reads": ("linear --init none --head-layers 2", "would change nothing here"),
+    "width of what nobody reads": ("finetune --init none --from-layer 1 --dim 64",
+                                   "would change nothing here"),
+    "a student's head": ("distill --teacher {t} --head-layers 2", "would change nothing here"),
+    "a projection frozen after pre-training": (
+        "linear --init none --arch vit_mini --patch-projection learned", "would change nothing here"),
+    "embed of no such network": ("embed --init none --arch resnet18 --sk", "selective kernels"),
+    "another mean than the teacher's": ("distill --teacher {t} --mean 0 0 0", "see the same images"),
+    "another std than the teacher's": ("distill --teacher {t} --std 1 1 1", "see the same images"),
+    "another stem than the teacher's": ("distill --teacher {t} --no-small-images",
+                                        "see the same images"),
     "an optimizer without its lr": ("--optimizer adamw", "takes a --base-lr of its own"),
     "lars for a vit": ("--arch vit_mini", "give --optimizer adamw"),
     "no teacher": ("distill", "distill needs --teacher"),
@@ -304,3 +358,103 @@ def test_the_largest_network_trains_one_step_on_a_cpu(capsys):
     with capsys.disabled():
         print(f"\n{count / 1e6:.0f} M parameters, two images of 64 px: {time.time() - began:.0f} s, peak "
               f"memory {simclr_v2.peak_memory(args.device):.1f} GB")
+
+
+# --------------------------------------------------------------------- every flag of every stage
+
+RESNET = {  # of every stage; "more | flag": what the flag needs, then the flag itself
+    "arch": "--arch resnet18", "width": "--width 0.25", "sk": "--arch resnet50 | --sk",
+    "zero_init_residual": "--no-zero-init-residual", "precision": "--precision fp64"}
+VIT = {"patch_size": "{v} | --patch-size 4", "heads": "{v} | --heads 2"}
+VIEW = {"small_images": "--no-small-images", "image_size": "--image-size 24",
+        "mean": "--mean 0.4 0.4 0.4", "std": "--std 0.5 0.5 0.5"}
+LESSON = {
+    "optimizer": "--base-lr 0.1 | --optimizer sgd", "base_lr": "--base-lr 0.5",
+    "lr_rule": "--lr-rule {r}", "epochs": "--epochs 4", "batch_size": "--batch-size 8",
+    "warmup_epochs": "--warmup-epochs 0.1", "momentum": "--momentum 0.5",
+    "weight_decay": "--weight-decay 0.2", "crop_min": "--crop-min 0.9"}
+LATER = RESNET | VIT | VIEW | LESSON | {
+    "from_layer": "--from-layer 2", "labels": "--labels 0.75",
+    "head_layers": "--from-layer 2 | --head-layers 2", "dim": "--from-layer 3 | --dim 6"}
+EFFECTS = {
+    "pretrain": RESNET | VIT | VIEW | LESSON | {
+        "patch_projection": "{v} | --patch-projection learned", "head_layers": "--head-layers 2",
+        "dim": "--dim 6", "temperature": "--temperature 0.2", "queue": "--queue 32",
+        "ema_momentum": "--queue 32 | --ema-momentum 0.5", "jitter": "--jitter 0.1 0.2 0.3 0.05",
+        "jitter_prob": "--jitter-prob 0.4", "gray_prob": "--gray-prob 0.6",
+        "blur_prob": "--image-size 24 | --blur-prob 0.7",
+        "knn_k": "--knn-temperature 5 | --knn-k 3",
+        "knn_temperature": "--knn-temperature 5"},
+    "linear": LATER | {"optimizer": "--base-lr 0.1 | --optimizer lars"},
+    "finetune": LATER,
+    "distill": RESNET | VIT | LESSON | {
+        "alpha": "--alpha 0.5", "labels": "--alpha 0.5 | --labels 0.75",
+        "temperature": "--temperature 0.5", "tau_squared": "--no-tau-squared"},
+    "embed": RESNET | VIT | VIEW}
+ELSEWHERE = {  # in test_another_teacher_is_another_run, and refused (see MISTAKES)
+    "linear": {"patch_projection"}, "finetune": {"patch_projection"},
+    "distill": {"teacher", "patch_projection", "head_layers", "dim", *VIEW},
+    "embed": {"patch_projection", "head_layers", "dim"}}
+
+
+@pytest.fixture(scope="module")
+def three_steps(classes, tuned, tmp_path_factory):
+    """stage, flags -> weights after three steps and what was evaluated before them, or features:
+    the program without its run folder. Each answer is kept."""
+    known, out = {}, tmp_path_factory.mktemp("three")
+    base = {stage: "--init none --width 0.125 --image-size 16 --batch-size 4" for stage in EFFECTS}
+    base |= {
+        "pretrain": "--width 0.125 --image-size 16 --dim 8 --batch-size 16 --warmup-epochs 0.5",
+        "distill": f"--teacher {tuned} --batch-size 16 --warmup-epochs 0.5",
+        "embed": "--init none --width 0.125 --image-size 16"}
+    for stage in ("linear", "finetune"):
+        base[stage] += " --labels 0.5 --from-layer 1 --epochs 2 --warmup-epochs 0.2"
+
+    def fit(args, run, data, model, optimizer, step, monitor, evaluate, views):
+        known["now"] = {f"before {k}": torch.tensor(v) for k, v in evaluate(0).items()}
+        model.train()
+        for i, batch in enumerate(simclr_v2.batches(args, data.train, 0, 3, views)):
+            step(batch, i / (len(data.train) // args.batch_size))
+        known["now"] |= model.state_dict()
+
+    def run(stage, flags):
+        flags = flags.format(v="--arch vit_mini --patch-size 8 --optimizer adamw --base-lr 1e-3"
+                             if stage != "embed" else "--arch vit_mini --patch-size 8")
+        if (stage, flags) not in known:
+            start = base[stage].replace("--width 0.125", "" if "vit" in flags else "--width 0.125")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(simclr_v2, "fit", fit)
+                patch.setattr(simclr_v2.Run, "save_views", lambda *args: None)
+                assert main(stage, "--recipe", "demo", "--data", classes, "--workers", 0, "--fresh",
+                            "--precision", "fp32", *start.split(), *flags.split(),
+                            "--out", out) == 0
+            if stage == "embed":
+                known["now"] = {"h": torch.load(out / "features.pt")["features"]}
+            known[stage, flags] = known.pop("now")
+        return known[stage, flags]
+
+    return run
+
+
+def test_the_table_has_every_flag_of_every_stage():
+    for stage, fields in EFFECTS.items():
+        args = simclr_v2.parse_args([stage, "--init", "none"])
+        assert {*fields} | ELSEWHERE.get(stage, set()) == {*args.fields}, stage
+        assert not {*fields} & ELSEWHERE.get(stage, set())
+
+
+@pytest.mark.parametrize("stage, name", [(s, name) for s in EFFECTS for name in EFFECTS[s]])
+def test_a_flag_changes_what_is_computed(stage, name, three_steps):
+    more, flag = ("| " + EFFECTS[stage][name]).split("| ")[-2:]
+    flag = flag.replace("{r}", "sqrt" if stage == "linear" else "linear")
+    without, with_it = three_steps(stage, more.strip()), three_steps(stage, f"{more}{flag}".strip())
+    assert without.keys() != with_it.keys() or any(
+        x.shape != with_it[k].shape or not torch.equal(x.double(), with_it[k].double())
+        for k, x in without.items())
+
+
+def test_without_a_flag_all_is_the_same(three_steps, classes):
+    """Else the test above would prove nothing."""
+    for stage in EFFECTS:
+        one, two = three_steps(stage, ""), three_steps(stage, "--log-every 7")
+        assert one.keys() == two.keys() and same(one.values(), two.values()), stage
