@@ -52,7 +52,6 @@ import os
 import platform
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -715,28 +714,32 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 # same as simsiam.py
+def of_all(x) -> list:
+    """Each process's x, a small Python object, rank 0's first."""
+    found = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+# same as simsiam.py
 def everywhere(function):
-    """function() in every process: its result, or in all of them the UserError of the first that
-    has one. The function itself must not wait for other processes."""
-    result, errors = None, [None] * world_size()
+    """function() in every process: its result, or in all of them the UserError of the first whose
+    function, or whose disk, had one. The function itself must not wait for other processes."""
+    result = mistake = None
     try:
         result = function()
-    except UserError as error:
-        errors[0] = str(error)
-    if world_size() > 1:
-        dist.all_gather_object(errors, errors[0])
-    if any(errors):
-        raise UserError(next(filter(None, errors)))
+    except (UserError, OSError) as error:
+        mistake = str(error)
+    for mistake in filter(None, of_all(mistake)):
+        raise UserError(mistake)
     return result
 
 
 # same as simsiam.py
 def on_rank_0(function):
     """function() on rank 0; every process gets its result, or its UserError."""
-    result = [everywhere(lambda: function() if rank() == 0 else None)]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    return result[0]
+    return of_all(everywhere(lambda: function() if rank() == 0 else None))[0]
 
 
 # same as simsiam.py
@@ -901,10 +904,8 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
 # same as simsiam.py
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    i = chosen(u < prob, x)
-    x = x.clone()
-    x[i] = gray(x[i]).expand(-1, 3, -1, -1)
-    return x
+    mask = (u < prob).to(x.device, non_blocking=True)
+    return torch.where(mask[:, None, None, None], gray(x), x)
 
 
 # same as simsiam.py
@@ -1160,10 +1161,7 @@ def batches(args, images: Images, start: int, stop: int, views: int):
 # same as simsiam.py
 def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
     """Names each image that could not be read, once. Every process must call it."""
-    found = [wanted[wanted != shown].tolist()] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(found, found[0])
-    for i in sorted({i for part in found for i in part}):
+    for i in sorted({*itertools.chain(*of_all(wanted[wanted != shown].tolist()))}):
         if images.path(i) not in images.unreadable:
             images.unreadable.add(images.path(i))
             say(f"unreadable, another image stands in for it: {images.path(i)}")
@@ -1251,14 +1249,14 @@ class Run:
     """
 
     def __init__(self, args, data):
-        self.args, self.board, self.corrupt, self.step = args, None, False, None
+        self.args, self.board = args, None
         self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
                        "recipe": args.recipe, "seed": args.seed,
                        "init": args.initial and args.initial.digest,
                        **{name: getattr(args, name) for name in args.fields}}
         found = on_rank_0(self.claim)
         self.state = everywhere(lambda: load_file(found)) if found else None
-        self.start = self.state["step"] if self.state else 0  # the step to do next
+        self.start = self.saved = self.state["step"] if self.state else 0  # the step to do next
         on_rank_0(self.open_log)
 
     def path(self, name: str) -> str:
@@ -1273,23 +1271,23 @@ class Run:
         except BlockingIOError:
             raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
                             "another --out") from None
-        except (OSError, ValueError) as error:  # the latter: a character that no path may have
-            raise UserError(f"--out {self.args.out!r}: {error}") from None
         if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))
         last, previous = self.path("last.pt"), self.path("previous.pt")
-        for path in filter(os.path.exists, (last, previous)):
+        there = [*filter(os.path.exists, (last, previous))]
+        for path in there:
             try:
                 config = load_file(path)["config"]
             except (UserError, KeyError, TypeError):
                 say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
-                self.corrupt = True
                 continue
             self.compare(config)
+            if path != there[0]:  # lest it become previous.pt
+                os.replace(last, self.path("corrupt.pt"))
             return path
-        if self.corrupt:
+        if there:
             raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
         log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
         if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
@@ -1348,34 +1346,27 @@ class Run:
                 self.file.write(json.dumps(record).encode() + b"\n")
                 self.file.flush()
             except OSError as error:
-                raise UserError(f"{self.path('log.jsonl')}: {error.strerror}; the same command goes "
-                                "on from the last checkpoint") from None
+                raise UserError(f"could not write {self.path('log.jsonl')}: {error}; what was saved "
+                                "is whole, and the same command goes on from it") from None
             if self.board and "step" in record:
                 for name in record.keys() - {"step", "epoch", "q_histogram"}:
                     self.board.add_scalar(name, record[name], record["step"])
                 self.board.flush()
 
-    def save(self, model: nn.Module, optimizer, keep: bool = False, **state) -> None:
-        """last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
-        on_rank_0(lambda: self.write(model, optimizer, keep, state))
-
-    def write(self, model: nn.Module, optimizer, keep: bool, state: dict) -> None:
+    def save(self, model: nn.Module, optimizer, keep: bool, **state) -> None:
+        """On rank 0: last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
         state |= {"config": self.config, "log_bytes": self.file.tell(),
                   "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        try:
-            os.fsync(self.file.fileno())
-            last, older = self.path("last.pt"), "corrupt.pt" if self.corrupt else "previous.pt"
-            write_file(self.path("new.pt"), lambda file: torch.save(state, file))
-            if os.path.exists(last) and self.step != state["step"]:  # else it is the same once more
-                os.replace(last, self.path(older))
-            os.replace(self.path("new.pt"), last)
-            self.corrupt, self.step = False, state["step"]
-            if keep:
-                shutil.copy(last, self.path(f"step{state['step']}.pt"))
-            write_encoder(model.encoder, self.args)
-        except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
-            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint "
-                            "there is whole, and the same command goes on from it") from None
+        os.fsync(self.file.fileno())
+        last, new = self.path("last.pt"), self.path("new.pt")
+        write_file(new, lambda file: torch.save(state, file))
+        if os.path.exists(last) and self.saved != state["step"]:  # else it is the same once more
+            os.replace(last, self.path("previous.pt"))
+        os.replace(new, last)
+        self.saved = state["step"]
+        if keep:
+            write_file(self.path(f"step{self.saved}.pt"), lambda file: torch.save(state, file))
+        write_encoder(model.encoder, self.args)
 
     def save_views(self, images: Images, views: int, augmented) -> None:
         """views.png: eight images in the test view, then their views as training sees them."""
@@ -1388,10 +1379,8 @@ class Run:
             mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
             rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
             picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
-            try:
-                torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"could not write {self.path('views.png')}: {error}") from None
+            png = torchvision.io.encode_png((picture * 255).round().byte())
+            write_file(self.path("views.png"), lambda file: file.write(png.numpy().tobytes()))
             if self.board:
                 self.board.add_image("views", picture)
 
@@ -1402,15 +1391,18 @@ class Run:
 def write_file(path: str, write) -> None:
     """write(file), waits for the disk, then renames: the file at path is never half written."""
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
+        raise UserError(f"could not write {path}: {error}; what was saved is whole, and the same "
+                        "command goes on from it") from None
+    finally:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise
 
 
 # same as simsiam.py
@@ -1554,8 +1546,8 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
 
     def save(step, evaluated=False):
         keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
-        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
-                 finished=evaluated and step == total)
+        on_rank_0(lambda: run.save(model, optimizer, keep, step=step, evaluated=evaluated,
+                                   finished=evaluated and step == total))
 
     def evaluate_at(step):
         if record := evaluate(step // per_epoch):
@@ -1713,15 +1705,7 @@ def embed(args) -> None:
     result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
               "classes": data.classes}
     path = os.path.join(args.out, "features.pt")
-
-    def write():
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            write_file(path, lambda file: torch.save(result, file))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"could not write {path}: {error}") from None
-
-    on_rank_0(write)
+    on_rank_0(lambda: write_file(path, lambda file: torch.save(result, file)))
     say(f"{path}: features {[*result['features'].shape]}")
 
 

@@ -45,6 +45,9 @@ def world(tmp_path_factory, photos, classes):
     frames = [Image.new("RGB", (140, 140), colour) for colour in ("red", "blue")]
     (root / "moving").mkdir()
     frames[0].save(root / "moving" / "a.jpg", format="GIF", save_all=True, append_images=frames[1:])
+    shutil.copytree(root / "run", root / "logless")
+    (root / "logless" / "log.jsonl").unlink()
+    (root / "logless" / "log.jsonl").mkdir()
     (root / "foreign").mkdir()
     (root / "foreign" / "log.jsonl").write_text("my own notes\n")
     return root
@@ -121,6 +124,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "a file as the parent of --out": ("--data {c} --out {w}/file/run", "Not a directory"),
     "a file as --out": ("--data {c} --out {w}/file", "File exists"),
     "somebody's own log in --out": ("--data {c} --out {w}/foreign", "log.jsonl is none of ours"),
+    "a folder in the log's place": ("--data {c} --out {w}/logless", "Is a directory: '{w}/logless/log"),
     "embed into a file": ("embed --data {c} --init {w}/run/last.pt --out {w}/file/x",
                           "Not a directory"),
 }
