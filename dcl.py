@@ -476,9 +476,9 @@ class Parser(argparse.ArgumentParser):
 # same as simsiam.py
 MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
                "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
-               "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob",
-               "clip_patch_grad", "head_layers", "from_layer", "queue", "knn_every", "knn_every_steps",
-               "save_every", "keep_every", "steps"}
+               "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob", "steps",
+               "clip_patch_grad", "head_layers", "from_layer", "queue", "knn_every",
+               "knn_every_steps", "save_every", "keep_every"}
 
 
 # same as simsiam.py
@@ -496,18 +496,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     add = parser.add_argument
-    add("stage", nargs="?", default="pretrain", metavar="|".join(TABLES))
+    add("stage", nargs="?", default="pretrain", choices=TABLES)
     add("--data", default="demo", metavar="NAME|FOLDER",
-        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a folder "
-             "per class, or any tree of images without labels")
+        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a "
+             "folder per class, or any tree of images without labels")
     add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
     add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
     add("--out", help="run folder (default: runs/<script>-<data>)")
-    add("--init", help="initial weights: last.pt or encoder.pt of a run, an official checkpoint, or none")
+    add("--init", help="weights: a run's last.pt or encoder.pt, an official checkpoint, or none")
     add("--fresh", action="store_true", help="start over, though --out holds a run")
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-    add("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    add("--workers", type=int, help="loader processes (default: this process's share of the cores)")
     add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
     add("--accumulate", type=int, default=1, help="split each batch into so many parts")
     add("--log-every", type=int, default=50, help="steps (default: 50)")
@@ -525,53 +525,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(values[0], tuple):
             how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
-        group.add_argument("--" + name.replace("_", "-"), default=None, **how,
+        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
                            help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
-    if args.stage not in TABLES:
-        parser.error(f"there is no stage {args.stage}, but {', '.join(TABLES)}")
+    args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
+        least = "0 or more" if name in MAY_BE_ZERO else "above 0"
+        share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
+        most = 1 if share else 1e18  # below what 64 bits hold
         for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, (int, float)) and not isinstance(x, bool):
-                share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
-                if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
-                    least = "0 or more" if name in MAY_BE_ZERO else "above 0"
-                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
-                                    + ", at most 1" * share)
+            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in MAY_BE_ZERO):
+                raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}, at "
+                                f"most {most:g}")
     kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
              "stl10": "stl10" if "stl10" in RECIPE_NAMES else "cifar"}
-    asked, args.recipe = args.recipe, args.recipe or recipes(kinds.get(args.data, "imagenet"),
-                                                             args.arch)[0]
+    args.given = {name: value for name, value in vars(args).items() if name in names}
+    asked, fitting = args.recipe, recipes(kinds.get(args.data, "imagenet"), args.given.get("arch"))
+    args.recipe = asked or fitting[0]
     column = RECIPE_NAMES.index(args.recipe)
     fields = {name: PRETRAIN[name][column] for name in ENCODER}
     fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
     if args.data == "stl10":
         fields["image_size"] = 96  # its size
-    args.given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    for name in names:
-        delattr(args, name)
     for name in args.given.keys() - fields.keys():
         raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
     args.fields = sorted(fields)
     vars(args).update(fields | args.given)
     args.given |= {"recipe": asked} if asked else {}
 
-    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
     if args.stage not in ("pretrain", "distill") and not args.init:
         raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
                         "checkpoint, or none for random weights")
     args.init = None if args.init == "none" else args.init
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed} is too large: below 2**63")
     if args.stage in ("pretrain", "finetune", "distill") and args.accumulate > 1:
-        raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
-                        "take a smaller --batch-size or more processes")
-    args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
-                                        + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+        raise UserError("--accumulate would change the method, whose batch norm sees the whole "
+                        "batch: take a smaller --batch-size or more processes")
+    name = f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
+    args.out = args.out or os.path.join(
+        "runs", name + ("" if args.stage == "pretrain" else f"-{args.stage}"))
     return args
 
 
@@ -626,20 +617,18 @@ def setup(args) -> None:
     if args.device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs here")
+            raise UserError(f"--nproc_per_node: here are but {torch.cuda.device_count()} GPUs")
         args.device = torch.device("cuda", local)
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        except ValueError as error:  # a RANK that no launcher has set
+            raise UserError(f"{error}: start with torchrun, or unset RANK") from None
     if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
         raise UserError("--device mps takes one process and no fp64; give --device cpu")
-    if getattr(args, "batch_size", 0) % world_size():
-        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
-                        f"of the {world_size()} processes")
-    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
-        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -653,6 +642,13 @@ def setup(args) -> None:
         vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
                           in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
     check(args)
+    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+    if getattr(args, "batch_size", 0) % world_size():
+        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a "
+                        f"multiple of the {world_size()} processes")
+    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
+        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: take 2")
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
 
@@ -678,7 +674,7 @@ def bf16_is_native(device: str) -> bool:
 # same as simsiam.py
 def autocast(args):
     """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
-    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # a ViT: half as fast, on AMX
+    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # ViTs on AMX: half as fast
     wanted = args.precision == "bf16" or (args.precision == "auto" and pays
                                           and bf16_is_native(args.device.type))
     return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
@@ -761,7 +757,7 @@ def prepare(model: nn.Module, args) -> nn.Module:
         (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
         net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes as they are
+        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes anyway
     if args.compile:
         net.compile()  # in place: the names in the state dict stay
     return net
@@ -992,8 +988,8 @@ def load_data(args, labels: bool = False) -> SimpleNamespace:
             train, val = (images and load_pixels(images, args) for images in (train, val))
             bank = val and (train if train.pixels is not None else bank)
     if labels and val is None:
-        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a folder "
-                        "per class")
+        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a "
+                        "folder per class")
     if getattr(args, "batch_size", 0) > len(train):
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
                         f"{args.data}")
@@ -1049,7 +1045,7 @@ def folder_data(args):
             raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
                             f"of {folders[0]}; for images without labels give --data {folder}")
         images.labels = torch.from_numpy(np.searchsorted(classes, names))
-    # At most about 128,000, a tenth of ImageNet's, if they are to be read from disk: ours, for speed.
+    # A bank of at most about 128,000, a tenth of ImageNet, if read from disk: ours, for speed.
     some = slice(None, None, max(1, round(len(train) / 128_000)))
     return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
 
@@ -1193,9 +1189,8 @@ def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
     encoder.train(training)
     rows, shown = torch.cat(rows), torch.cat(shown)
     report_unreadable(images, mine, shown)
-    rows, shown = (all_gather(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:n]
-                   for part in (rows, shown))
-    return rows, shown
+    parts = (all_gather(part).unflatten(0, (world_size(), -1)) for part in (rows, shown))
+    return tuple(part.transpose(0, 1).flatten(0, 1)[:n] for part in parts)
 
 
 # same as simsiam.py
@@ -1231,9 +1226,10 @@ def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
         say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
             f"images, {len(queries)} queries")
         if args.data == "demo":  # what the pixels give away without any network
-            pixels = [images.pixels.flatten(1).float() / 255 - 0.5 for images in (data.bank, data.val)]
-            result["knn_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1],
-                                                args.knn_k, args.knn_temperature)
+            bank, queries = (images.pixels.flatten(1) / 255 - 0.5
+                             for images in (data.bank, data.val))
+            result["knn_pixels"] = knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
+                                                args.knn_temperature)
     return result
 
 
@@ -1346,15 +1342,15 @@ class Run:
                 self.file.write(json.dumps(record).encode() + b"\n")
                 self.file.flush()
             except OSError as error:
-                raise UserError(f"could not write {self.path('log.jsonl')}: {error}; what was saved "
-                                "is whole, and the same command goes on from it") from None
+                raise UserError(f"could not write {self.path('log.jsonl')}: {error}; what was "
+                                "saved is whole, and the same command goes on from it") from None
             if self.board and "step" in record:
                 for name in record.keys() - {"step", "epoch", "q_histogram"}:
                     self.board.add_scalar(name, record[name], record["step"])
                 self.board.flush()
 
     def save(self, model: nn.Module, optimizer, keep: bool, **state) -> None:
-        """On rank 0: last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
+        """On rank 0: last.pt becomes previous.pt, the new state last.pt; if it fails, both stay."""
         state |= {"config": self.config, "log_bytes": self.file.tell(),
                   "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         os.fsync(self.file.fileno())
@@ -1407,7 +1403,7 @@ def write_file(path: str, write) -> None:
 
 # same as simsiam.py
 def write_encoder(encoder: nn.Module, args) -> None:
-    """encoder.pt, the weights with torchvision's or timm's names, and what they are for beside it."""
+    """encoder.pt, the weights with torchvision's or timm's names; beside it what they are for."""
     weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
     about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
     path = os.path.join(args.out, "encoder")
@@ -1421,7 +1417,7 @@ def load_file(path: str, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no file {path} (several hosts need a disk that all see)") from None
+        raise UserError(f"there is no file {path} (all hosts must see one disk)") from None
     except Exception as error:  # torch.load has no error class of its own
         raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
                         f"values ({type(error).__name__})") from None
@@ -1461,13 +1457,13 @@ def read_init(args) -> SimpleNamespace:
         raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
                         "official checkpoint") from None
     if settings.get("arch", args.arch) not in CHOICES["arch"]:
-        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does not "
-                        "build")
+        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does "
+                        "not build")
     for name, value in settings.items():
         given = args.given.get(name, value)
         if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
-            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
-                            "the flag out")
+            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: "
+                            "leave the flag out")
         setattr(args, name, value)
     return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
 
@@ -1478,7 +1474,8 @@ def load_initial(model: nn.Module, args) -> None:
     state = args.initial.state
     if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
         model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
-        state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): x for name, x in state.items()
+                 if name.startswith(prefix)}
         if not state:
             raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
     own = model.state_dict()
@@ -1487,8 +1484,9 @@ def load_initial(model: nn.Module, args) -> None:
     wrong += [f"{name} of shape {[*state[name].shape]} for {[*own[name].shape]}"
               for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
     if wrong:
-        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width {args.width:g} and "
-                        f"the other settings: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
+        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width "
+                        f"{args.width:g} and the rest: {', '.join(sorted(wrong)[:3])} "
+                        f"({len(wrong)} in all)")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # what a module itself finds wrong with its weights
@@ -1577,9 +1575,9 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
             loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
             norms = torch.stack(torch._foreach_norm([*model.parameters()]))
             if not (losses.isfinite() and norms.isfinite().all()):
-                raise UserError(f"loss or weights stopped being finite in the steps {first} to {step}; "
-                                f"{run.path('last.pt')} is from before, if there is one: try a lower "
-                                "--base-lr, or --precision fp32")
+                raise UserError(f"loss or weights stopped being finite in the steps {first} to "
+                                f"{step}: try a lower --base-lr, or --precision fp32; a last.pt in "
+                                f"{args.out} is from before")
             count, seconds = step + 1 - first, time.time() - mark
             record = dict(
                 epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
@@ -1666,19 +1664,20 @@ def linear(args) -> None:
     model = LinearProbe(build_encoder(args), len(data.classes))
     net = prepare(model, args)
     lr = args.base_lr * args.batch_size / 256
-    kind = functools.partial(LARS, exclude_1d=False) if args.optimizer == "larc" else torch.optim.SGD
-    optimizer = kind(model.fc.parameters(), lr=lr, momentum=args.momentum,
-                     weight_decay=args.weight_decay)
+    larc = functools.partial(LARS, exclude_1d=False)
+    optimizer = (larc if args.optimizer == "larc" else torch.optim.SGD)(
+        model.fc.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
     run = Run(args, data)
     say(f"protocol: linear classifier on the frozen encoder (eval mode), {args.optimizer}, lr "
-        f"{args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, {args.epochs} epochs, crops and flips; "
-        f"top-1 of the last epoch on {len(data.val)} val images")
+        f"{args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, {args.epochs} epochs, crops and "
+        f"flips; top-1 of the last epoch on {len(data.val)} val images")
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
     h, shown = features(model.encoder, data.val, args)  # once, for the encoder does not change
     val_labels = data.val.labels[shown.cpu()].to(args.device)
 
     def step(batch, epoch):
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * int(epoch) / args.epochs)) / 2
+        cosine = math.cos(math.pi * int(epoch) / args.epochs)
+        optimizer.param_groups[0]["lr"] = lr * (1 + cosine) / 2
         return classify_batch(net, optimizer, batch, data.train, args), None
 
     @torch.no_grad()
@@ -1720,10 +1719,10 @@ def main(argv: list[str] | None = None) -> int:
         {"pretrain": pretrain, "linear": linear, "embed": embed}[args.stage](args)
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole"}.get(type(error), error)
+        known = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                 KeyboardInterrupt: "interrupted; what was saved is whole"}
         if rank() == 0:
-            print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
+            print(f"{SCRIPT}.py: {known.get(type(error), error)}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3)

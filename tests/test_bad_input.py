@@ -83,10 +83,10 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "all warm-up": ("--warmup-epochs 9 --epochs 9", "--warmup-epochs 9 leaves none of 9 epochs"),
     "width of nothing": ("--width 0.001", "width 0.001 leaves the stem fewer than 8 channels"),
     "unknown recipe": ("--recipe imagnet", "invalid choice: 'imagnet'"),
-    "unknown stage": ("pretrian", "there is no stage pretrian"),
+    "unknown stage": ("pretrian", "invalid choice: 'pretrian'"),
     "unknown network": ("--arch resnet51", "invalid choice: 'resnet51'"),
     "unknown ablation": ("--predictor noen", "invalid choice: 'noen'"),
-    "unknown flag": ("--learning-rate 1", "unknown: --learning-rate"),
+    "unknown flag": ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
     "flag of another stage": ("linear --init {w}/run/last.pt --blur-prob 0.1",
                               "--blur-prob is no setting of the stage linear"),
     "accumulation where batch norm forbids": ("--accumulate 2", "--accumulate would change the method"),
@@ -101,7 +101,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "malicious checkpoint": ("linear --data {c} --init {w}/evil.pt", "cannot be loaded"),
     "weights of another method": ("linear --data {c} --init {w}/vit.pt",
                                   "holds a vit_small, which simsiam.py does not build"),
-    "seed of astronomers": ("--seed 18446744073709551616", "is too large: below 2**63"),
+    "seed of astronomers": ("--seed 18446744073709551616", "0 or more, at most 1e+18"),
     "an image format that moves": ("--data {w}/moving", "1 images under"),
     "some other file": ("linear --data {c} --init {w}/other.pt", "is none of a run's last.pt"),
     "a file of a list": ("linear --data {c} --init {w}/list.pt", "is none of a run's last.pt"),
@@ -157,6 +157,12 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_pat
     monkeypatch.setattr(simsiam, "world_size", lambda: 3)
     assert simsiam.main([*TINY, "--out", str(tmp_path)]) == 2
     assert "must be a multiple of the 3 processes" in capsys.readouterr().err
+
+
+def test_a_rank_that_no_launcher_has_set_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert simsiam.main([*TINY, "--out", str(tmp_path)]) == 2
+    assert "start with torchrun, or unset RANK" in capsys.readouterr().err
 
 
 def test_one_unreadable_image_of_many_is_named_once_and_replaced(tmp_path, capsys):
