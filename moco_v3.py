@@ -507,11 +507,9 @@ class Parser(argparse.ArgumentParser):
 
 
 # same as simsiam.py
-MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
-               "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
-               "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob", "steps",
-               "clip_patch_grad", "head_layers", "from_layer", "queue", "knn_every",
-               "knn_every_steps", "save_every", "keep_every"}
+ABOVE_ZERO = {"width", "dim", "projector_layers", "predictor_dim", "patch_size", "image_size",
+              "std", "epochs", "batch_size", "base_lr", "accumulate", "log_every", "crop_min",
+              "sigma", "temperature", "alpha", "knn_k", "knn_temperature"}
 
 
 # same as simsiam.py
@@ -563,11 +561,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        least = "0 or more" if name in MAY_BE_ZERO else "above 0"
+        least = "above 0" if name in ABOVE_ZERO else "0 or more"
         share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
         most = 1 if share else 1e18  # below what 64 bits hold
         for x in value if isinstance(value, list) else [value]:
-            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in MAY_BE_ZERO):
+            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name not in ABOVE_ZERO):
                 raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}, at "
                                 f"most {most:g}")
     kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
@@ -1276,16 +1274,15 @@ def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
     (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
     labels = [images.labels[k.cpu()].to(args.device)
               for images, k in ((data.bank, i), (data.val, j))]
-    result = {"knn": knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
-                                  args.knn_temperature)}
+    vote = functools.partial(knn_accuracy, k=args.knn_k, temperature=args.knn_temperature)
+    result = {"knn": vote(bank, labels[0], queries, labels[1])}
     if epoch == 0:
         say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
             f"images, {len(queries)} queries")
         if args.data == "demo":  # what the pixels give away without any network
             bank, queries = (images.pixels.flatten(1) / 255 - 0.5
                              for images in (data.bank, data.val))
-            result["knn_pixels"] = knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
-                                                args.knn_temperature)
+            result["knn_pixels"] = vote(bank, labels[0], queries, labels[1])
     return result
 
 
@@ -1446,8 +1443,8 @@ class Run:
         resumed = self.state and os.path.exists(self.path("log.jsonl"))
         self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
         if resumed:
-            self.file.truncate(self.state["log_bytes"])
-            self.file.seek(0, os.SEEK_END)
+            size = self.file.seek(0, os.SEEK_END)  # a log that was cut by others is not filled up
+            self.file.seek(self.file.truncate(min(size, self.state["log_bytes"])))
             say(f"{self.args.out}: going on from step {self.start}")
         git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
                "--dirty", "--exclude=*"]
@@ -1542,10 +1539,10 @@ def write_encoder(encoder: nn.Module, args) -> None:
 
 
 # same as simsiam.py
-def load_file(path: str, device="cpu"):
+def load_file(path: str):
     """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path} (all hosts must see one disk)") from None
     except Exception as error:  # torch.load has no error class of its own
