@@ -43,6 +43,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1257,19 +1258,12 @@ def load_initial(model: nn.Module, args) -> None:
                  if name.startswith(prefix)}
         if not state:
             raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
-    own = model.state_dict()
-    wrong = [f"no {name}" for name in own.keys() - state.keys()]
-    wrong += [f"unknown {name}" for name in state.keys() - own.keys()]
-    wrong += [f"{name} of shape {[*state[name].shape]} for {[*own[name].shape]}"
-              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
-    if wrong:
-        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width "
-                        f"{args.width:g} and the rest: {', '.join(sorted(wrong)[:3])} "
-                        f"({len(wrong)} in all)")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # what a module itself finds wrong with its weights
-        raise UserError(f"--init {args.init}: {str(error).splitlines()[-1].strip()}") from None
+    except RuntimeError as error:  # which names what is missing, unknown, or of another shape
+        wrong = textwrap.shorten(str(error).partition("\n")[2], 220)
+        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width "
+                        f"{args.width:g} and the rest: {wrong}") from None
 
 
 # -------------------------------------------------------------------------------------------- loop

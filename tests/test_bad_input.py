@@ -115,7 +115,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
         "embed --data {c} --init {w}/run/encoder.pt --recipe demo --width 0.5",
         "--width 0.5, but {w}/run/encoder.pt has 0.125"),
     "weights with other heads": ("--data {c} --init {w}/run/last.pt --dim 8",
-                                 "predictor.3.bias of shape [16] for [8]"),
+                                 "size mismatch for projector.3.weight"),
     "another configuration in --out": ("--data {c} --out {w}/run --seed 7",
                                        "run holds another run, with seed 0 (now 7)"),
     "another recipe in --out": ("--data {c} --out {w}/run --dim 8 --base-lr 1",

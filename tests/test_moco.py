@@ -1529,7 +1529,7 @@ REFUSED = {  # file, flags, what the sentence must name
     "another stem": ("small", "--stem conv", ["--stem conv"]),
     "MAE's table": ("mae", "", ["pos_embed", "sin-cos"]),
     "truncated": ("truncated", "", ["truncated.pth.tar", "cannot be loaded"]),
-    "missing key": ("missing", "", ["no blocks.1.attn.qkv.bias"]),
+    "missing key": ("missing", "", ["Missing key", "blocks.1.attn.qkv.bias"]),
     "unexpected key": ("unexpected", "", ["blocks.3.norm1.weight"]),
     "another shape": ("shape", "", ["blocks.1.attn.qkv.bias"]),
     "unknown architecture": ("giant", "", ["giant"]),
