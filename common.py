@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
     def __init__(self, in_dim: int, dim: int, stride: int, sk_ratio: float = 0.0):
         super().__init__()
         if sk_ratio:
-            raise ValueError("selective kernels replace a bottleneck's 3x3: ResNet-50 and deeper")
+            raise ValueError("selective kernels replace the 3x3 of ResNet-50 and deeper")
         self.conv1, self.bn1 = conv(in_dim, dim, 3, stride), nn.BatchNorm2d(dim)
         self.conv2, self.bn2 = conv(dim, dim, 3), nn.BatchNorm2d(dim)
         self.downsample = shortcut(in_dim, dim, stride)

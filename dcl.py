@@ -640,14 +640,14 @@ def setup(args) -> None:
         args.recipe = fitting[0]  # --init brought another kind of network
         vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
                           in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
-    check(args)
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
     if getattr(args, "batch_size", 0) % world_size():
         raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a "
                         f"multiple of the {world_size()} processes")
     if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
-        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: take 2")
+        raise UserError("--batch-size 1 leaves batch norm nothing to average: 2 at least")
+    check(args)
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
 
