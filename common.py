@@ -2,8 +2,8 @@
 
 Nothing in this file trains anything, and it imports nothing but torch. Contents:
 
-    resnet              ResNet-18 to -200 of any width, torchvision's parameter names; with selective
-                        kernels as SimCLR v2 has them
+    resnet              ResNet-18 to -200 of any width, torchvision's parameter names; with
+                        selective kernels as SimCLR v2 has them
     vit                 Vision Transformers as MoCo v3 has them, timm's parameter names
     LARS                layer-wise adaptive rates, as in BYOL's and MoCo v3's or as in SimCLR's code
     SyncBatchNorm       batch norm over all processes that also runs on a CPU
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
     def __init__(self, in_dim: int, dim: int, stride: int, sk_ratio: float = 0.0):
         super().__init__()
         if sk_ratio:
-            raise ValueError("selective kernels replace the 3x3 of a bottleneck: ResNet-50 and deeper")
+            raise ValueError("selective kernels replace the 3x3 of ResNet-50 and deeper")
         self.conv1, self.bn1 = conv(in_dim, dim, 3, stride), nn.BatchNorm2d(dim)
         self.conv2, self.bn2 = conv(dim, dim, 3), nn.BatchNorm2d(dim)
         self.downsample = shortcut(in_dim, dim, stride)
@@ -87,25 +87,22 @@ class SelectiveKernel(nn.Module):
         return (s.unflatten(1, (2, -1)).softmax(dim=1) * u).sum(dim=1)
 
 
-class ShortcutPool(nn.Module):
-    """The 2x2 mean of a ResNet-D's shortcut (He et al., arXiv:1812.01187), as in SimCLR v2's code: at
-    stride 1 the border counts the pixels that there are, at stride 2 an odd one's are 0."""
+class ShortcutPool(nn.Sequential):
+    """The 2x2 mean of a ResNet-D's shortcut (He et al., arXiv:1812.01187), as in SimCLR v2's code:
+    at stride 1 the border counts the pixels that there are, at stride 2 an odd one's are 0."""
 
     def __init__(self, stride: int):
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 1, 0, 1), mode="replicate" if self.stride == 1 else "constant")
-        return F.avg_pool2d(x, 2, self.stride)
+        pad = nn.ReplicationPad2d if stride == 1 else nn.ZeroPad2d
+        super().__init__(pad((0, 1, 0, 1)), nn.AvgPool2d(2, stride))
 
 
 def shortcut(in_dim: int, out_dim: int, stride: int, sk_ratio: float = 0.0) -> nn.Sequential | None:
     if stride == 1 and in_dim == out_dim:
         return None
+    pool = []
     if sk_ratio:  # ResNet-D, which comes along with selective kernels
-        return nn.Sequential(ShortcutPool(stride), conv(in_dim, out_dim, 1), nn.BatchNorm2d(out_dim))
-    return nn.Sequential(conv(in_dim, out_dim, 1, stride), nn.BatchNorm2d(out_dim))
+        pool, stride = [ShortcutPool(stride)], 1
+    return nn.Sequential(*pool, conv(in_dim, out_dim, 1, stride), nn.BatchNorm2d(out_dim))
 
 
 class ResNet(nn.Module):
@@ -121,7 +118,8 @@ class ResNet(nn.Module):
             half, self.maxpool = dim // 2, nn.MaxPool2d(3, 2, padding=1)
             self.conv1 = nn.Sequential(
                 conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
-                conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True), conv(half, dim, 3))
+                conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+                conv(half, dim, 3))
         else:
             self.conv1, self.maxpool = conv(3, dim, 7, stride=2), nn.MaxPool2d(3, 2, padding=1)
         self.bn1 = nn.BatchNorm2d(dim)
@@ -175,7 +173,7 @@ def resnet(depth: int, width: float = 1, sk_ratio: float = 0.0, small_images: bo
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al., arXiv:1706.03762, Sec. 3.2). [B, N, D] -> the same."""
+    """Multi-head self-attention (Vaswani et al., arXiv:1706.03762, Sec. 3.2), on x [B, N, D]."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -233,7 +231,7 @@ class PatchEmbed(nn.Module):
 
 def sincos_table(rows: int, columns: int, dim: int) -> Tensor:
     """Fixed 2-D position embedding [rows * columns, dim]: a quarter each for sin and cos of the row
-    times 10000^(-4j / dim), j = 0, 1, ..., then of the column (MoCo v3's; MAE has columns first)."""
+    times 10000^(-4j / dim), j = 0, 1, .., then of the column (MoCo v3's; MAE has columns first)."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [x.flatten()[:, None] * omega for x in (row, column)]
@@ -247,8 +245,7 @@ class ViT(nn.Module):
                  stem: str, mlp_norm: str, position: str, pooling: str, grad_checkpoint: bool):
         super().__init__()
         self.feature_dim, self.heads, self.pooling, self.position = dim, heads, pooling, position
-        self.grad_checkpoint = grad_checkpoint
-        self.image_size = image_size
+        self.grad_checkpoint, self.image_size = grad_checkpoint, image_size
         self.patch_embed = PatchEmbed(dim, patch_size, stem)
         rows, columns = (side // patch_size for side in image_size)
         extra = int(pooling == "class")
@@ -278,12 +275,12 @@ class ViT(nn.Module):
         return self.norm(x).mean(dim=1)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        theirs = state.get(prefix + "pos_embed")
-        if self.position == "sincos" and theirs is not None and theirs.shape == self.pos_embed.shape:
-            ours = self.pos_embed.detach().cpu().double()
-            if not (theirs.cpu().double() - ours).abs().max() <= 1e-3:  # float16 rounds by 2.4e-4
-                errors.append(f"{prefix}pos_embed is not the fixed sin-cos table (rows before columns) "
-                              "that this ViT has: it was learned, or made as MAE makes it")
+        theirs, ours = state.get(prefix + "pos_embed"), getattr(self, "pos_embed", None)
+        if self.position == "sincos" and theirs is not None and theirs.shape == ours.shape:
+            difference = theirs.cpu().double() - ours.detach().cpu().double()
+            if not difference.abs().max() <= 1e-3:  # float16 rounds by 2.4e-4
+                errors.append(f"{prefix}pos_embed is not the fixed sin-cos table (rows before "
+                              "columns) of this ViT: it was learned, or made as MAE makes it")
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
 
@@ -299,11 +296,11 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
         grad_checkpoint: bool = False) -> ViT:
     """Builds a ViT (arXiv:2010.11929) as MoCo v3 initialises it; the state dict has timm's names.
 
-    size: one of VITS. image_size: pixels, one number or (height, width). heads: 0 for the size's own.
+    size: one of VITS. image_size: pixels, one number or (height, width). heads: 0: the size's own.
     stem: "patch", or "conv", which takes the place of one block (arXiv:2106.14881).
     mlp_norm: "layer", or "batch" for MoCo v3's ViT-BN (Sec. 6.3; axes and eps are our reading).
     position: "sincos" (fixed, saved with the weights), "learned" or "none".
-    pooling: "class" token, or the "mean" of all tokens behind the last LayerNorm, or "mean-no-norm".
+    pooling: "class" token, "mean" of all tokens behind the last LayerNorm, or "mean-no-norm".
     patch_projection: "learned", or "frozen" at its random initialisation.
     grad_checkpoint: computes each block again in the backward pass, to save memory.
     Raises ValueError for values that do not fit together.
@@ -322,13 +319,13 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
     if heads < 0 or dim % heads:
         raise ValueError(f"{heads} heads do not share {dim} channels evenly")
     if patch_size < 1 or any(side % patch_size or side < patch_size for side in sides):
-        raise ValueError(f"an image of {sides[0]} x {sides[1]} pixels has no whole number of patches "
-                         f"of {patch_size}")
+        raise ValueError(f"an image of {sides[0]} x {sides[1]} pixels has no whole number of "
+                         f"patches of {patch_size}")
     if stem == "conv" and (patch_size != 16 or patch_projection == "frozen"):
-        raise ValueError("the conv stem makes patches of 16 pixels, and has no projection to freeze")
+        raise ValueError("the conv stem makes patches of 16 pixels, without projection to freeze")
     if grad_checkpoint and mlp_norm == "batch":
-        raise ValueError("grad_checkpoint would count each batch twice in the running statistics of "
-                         "the batch norms in the MLP blocks")
+        raise ValueError("grad_checkpoint would count each batch twice in the running statistics "
+                         "of the batch norms in the MLP blocks")
     model = ViT(dim, depth - (stem == "conv"), heads, sides, patch_size, stem, mlp_norm, position,
                 pooling, grad_checkpoint)
     for name, module in model.blocks.named_modules():  # MoCo v3, authors' code
@@ -365,8 +362,9 @@ class LARS(torch.optim.Optimizer):
 
     The two differ only while lr changes. One-dimensional parameters (biases, norms) are neither
     decayed nor adapted: u = g, r = 1. A group whose trust_coefficient is None is decayed, but not
-    adapted. exclude_1d=False treats one-dimensional ones like weights; without weight decay that is apex's LARC, which SimSiam's linear evaluation uses. With it, LARC,
-    lightning-bolts, solo-learn and lightly divide by |g| + weight_decay * |w|, and this does not.
+    adapted. exclude_1d=False treats one-dimensional ones like weights; without weight decay that is
+    apex's LARC, which SimSiam's linear evaluation uses. With weight decay LARC, lightning-bolts,
+    solo-learn and lightly divide by |g| + weight_decay * |w|, and this does not.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
@@ -383,16 +381,15 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            used = [p for p in group["params"] if p.grad is not None]
+            weights = [p for p in used if p.ndim > 1 or not group["exclude_1d"]]
+            biases = [p for p in used if p.ndim <= 1 and group["exclude_1d"]]
+            if not (params := [*weights, *biases]):
                 continue
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            adapted = [p.ndim > 1 or not group["exclude_1d"] for p in params]
-            weights = [p for p, yes in zip(params, adapted) if yes]
-            updates = [p.grad for p in params]
+            buffers, u = [self.state[p]["momentum_buffer"] for p in params], []
             if weights:
                 u = torch._foreach_add([p.grad for p in weights], weights,
                                        alpha=group["weight_decay"])
@@ -400,13 +397,11 @@ class LARS(torch.optim.Optimizer):
                     w_norm = torch.stack(torch._foreach_norm(weights))
                     u_norm = torch.stack(torch._foreach_norm(u))
                     ratio = group["trust_coefficient"] * w_norm / u_norm
-                    ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, torch.ones_like(ratio))
+                    ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, 1.0)
                     torch._foreach_mul_(u, list(ratio.unbind()))
-                scaled = iter(u)
-                updates = [next(scaled) if yes else p.grad for p, yes in zip(params, adapted)]
             in_buffer, outside = (group["lr"], 1) if group["lr_in_momentum"] else (1, group["lr"])
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates, alpha=in_buffer)
+            torch._foreach_add_(buffers, [*u, *(p.grad for p in biases)], alpha=in_buffer)
             torch._foreach_add_(params, buffers, alpha=-outside)
         return loss
 
@@ -423,9 +418,7 @@ class AllReduceSum(torch.autograd.Function):
         dist.all_reduce(x)
         return x
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return AllReduceSum.forward(ctx, grad)
+    backward = forward
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -436,9 +429,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     plain tensor operations, so on CUDA torch's own is the faster one.
     """
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.ndim < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {x.ndim}")
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim  # two dimensions at least
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
@@ -457,9 +448,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                momentum = self.momentum
-                if momentum is None:  # the plain average of all batches
-                    momentum = 1 / self.num_batches_tracked.item()
+                plain = self.momentum is None  # the average of all batches
+                momentum = 1 / self.num_batches_tracked.item() if plain else self.momentum
                 self.running_mean.lerp_(mean.to(self.running_mean), momentum)
                 self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var), momentum)
         y = y * (var + self.eps).rsqrt().view(shape)

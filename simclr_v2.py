@@ -63,10 +63,10 @@ import os
 import platform
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -518,11 +518,9 @@ class Parser(argparse.ArgumentParser):
 
 
 # same as simsiam.py
-MAY_BE_ZERO = {"seed", "workers", "warmup_epochs", "momentum", "ema_momentum", "base_tau", "beta",
-               "predictor_lr_mult", "weight_decay", "hidden_dim", "heads", "jitter", "mean",
-               "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob",
-               "clip_patch_grad", "head_layers", "from_layer", "queue", "knn_every", "knn_every_steps",
-               "save_every", "keep_every", "steps"}
+ABOVE_ZERO = {"width", "dim", "projector_layers", "predictor_dim", "patch_size", "image_size",
+              "std", "epochs", "batch_size", "base_lr", "accumulate", "log_every", "crop_min",
+              "sigma", "temperature", "alpha", "knn_k", "knn_temperature"}
 
 
 # same as simsiam.py
@@ -540,18 +538,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     add = parser.add_argument
-    add("stage", nargs="?", default="pretrain", metavar="|".join(TABLES))
+    add("stage", nargs="?", default="pretrain", choices=TABLES)
     add("--data", default="demo", metavar="NAME|FOLDER",
-        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a folder "
-             "per class, or any tree of images without labels")
+        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a "
+             "folder per class, or any tree of images without labels")
     add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
     add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
     add("--out", help="run folder (default: runs/<script>-<data>)")
-    add("--init", help="initial weights: last.pt or encoder.pt of a run, an official checkpoint, or none")
+    add("--init", help="weights: a run's last.pt or encoder.pt, an official checkpoint, or none")
     add("--fresh", action="store_true", help="start over, though --out holds a run")
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-    add("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    add("--workers", type=int, help="loader processes (default: this process's share of the cores)")
     add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
     add("--accumulate", type=int, default=1, help="split each batch into so many parts")
     add("--log-every", type=int, default=50, help="steps (default: 50)")
@@ -569,53 +567,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(values[0], tuple):
             how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
-        group.add_argument("--" + name.replace("_", "-"), default=None, **how,
+        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
                            help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
-    if args.stage not in TABLES:
-        parser.error(f"there is no stage {args.stage}, but {', '.join(TABLES)}")
+    args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
+        least = "above 0" if name in ABOVE_ZERO else "0 or more"
+        share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
+        most = 1 if share else 1e18  # below what 64 bits hold
         for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, (int, float)) and not isinstance(x, bool):
-                share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
-                if not (0 < x < math.inf or x == 0 and name in MAY_BE_ZERO) or share and x > 1:
-                    least = "0 or more" if name in MAY_BE_ZERO else "above 0"
-                    raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}"
-                                    + ", at most 1" * share)
+            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name not in ABOVE_ZERO):
+                raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}, at "
+                                f"most {most:g}")
     kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
              "stl10": "stl10" if "stl10" in RECIPE_NAMES else "cifar"}
-    asked, args.recipe = args.recipe, args.recipe or recipes(kinds.get(args.data, "imagenet"),
-                                                             args.arch)[0]
+    args.given = {name: value for name, value in vars(args).items() if name in names}
+    asked, fitting = args.recipe, recipes(kinds.get(args.data, "imagenet"), args.given.get("arch"))
+    args.recipe = asked or fitting[0]
     column = RECIPE_NAMES.index(args.recipe)
     fields = {name: PRETRAIN[name][column] for name in ENCODER}
     fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
     if args.data == "stl10":
         fields["image_size"] = 96  # its size
-    args.given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    for name in names:
-        delattr(args, name)
     for name in args.given.keys() - fields.keys():
         raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
     args.fields = sorted(fields)
     vars(args).update(fields | args.given)
     args.given |= {"recipe": asked} if asked else {}
 
-    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
     if args.stage not in ("pretrain", "distill") and not args.init:
         raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
                         "checkpoint, or none for random weights")
     args.init = None if args.init == "none" else args.init
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed} is too large: below 2**63")
     if args.stage in ("pretrain", "finetune", "distill") and args.accumulate > 1:
-        raise UserError("--accumulate would change the method: its batch norm sees the whole batch; "
-                        "take a smaller --batch-size or more processes")
-    args.out = args.out or os.path.join("runs", f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
-                                        + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+        raise UserError("--accumulate would change the method, whose batch norm sees the whole "
+                        "batch: take a smaller --batch-size or more processes")
+    name = f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
+    args.out = args.out or os.path.join(
+        "runs", name + ("" if args.stage == "pretrain" else f"-{args.stage}"))
     return args
 
 
@@ -731,20 +720,18 @@ def setup(args) -> None:
     if args.device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs here")
+            raise UserError(f"--nproc_per_node: here are but {torch.cuda.device_count()} GPUs")
         args.device = torch.device("cuda", local)
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        except ValueError as error:  # a RANK that no launcher has set
+            raise UserError(f"{error}: start with torchrun, or unset RANK") from None
     if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
         raise UserError("--device mps takes one process and no fp64; give --device cpu")
-    if getattr(args, "batch_size", 0) % world_size():
-        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a multiple "
-                        f"of the {world_size()} processes")
-    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
-        raise UserError("--batch-size 1 leaves batch norm nothing to take a variance of: 2 at least")
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -757,6 +744,13 @@ def setup(args) -> None:
         args.recipe = fitting[0]  # --init brought another kind of network
         vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
                           in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
+    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
+    if getattr(args, "batch_size", 0) % world_size():
+        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a "
+                        f"multiple of the {world_size()} processes")
+    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
+        raise UserError("--batch-size 1 leaves batch norm nothing to average: 2 at least")
     check(args)
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
@@ -783,7 +777,7 @@ def bf16_is_native(device: str) -> bool:
 # same as simsiam.py
 def autocast(args):
     """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
-    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # a ViT: half as fast, on AMX
+    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # ViTs on AMX: half as fast
     wanted = args.precision == "bf16" or (args.precision == "auto" and pays
                                           and bf16_is_native(args.device.type))
     return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
@@ -819,28 +813,32 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 # same as simsiam.py
+def of_all(x) -> list:
+    """Each process's x, a small Python object, rank 0's first."""
+    found = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+# same as simsiam.py
 def everywhere(function):
-    """function() in every process: its result, or in all of them the UserError of the first that
-    has one. The function itself must not wait for other processes."""
-    result, errors = None, [None] * world_size()
+    """function() in every process: its result, or in all of them the UserError of the first whose
+    function, or whose disk, had one. The function itself must not wait for other processes."""
+    result = mistake = None
     try:
         result = function()
-    except UserError as error:
-        errors[0] = str(error)
-    if world_size() > 1:
-        dist.all_gather_object(errors, errors[0])
-    if any(errors):
-        raise UserError(next(filter(None, errors)))
+    except (UserError, OSError) as error:
+        mistake = str(error)
+    for mistake in filter(None, of_all(mistake)):
+        raise UserError(mistake)
     return result
 
 
 # same as simsiam.py
 def on_rank_0(function):
     """function() on rank 0; every process gets its result, or its UserError."""
-    result = [everywhere(lambda: function() if rank() == 0 else None)]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    return result[0]
+    return of_all(everywhere(lambda: function() if rank() == 0 else None))[0]
 
 
 # same as simsiam.py
@@ -862,7 +860,7 @@ def prepare(model: nn.Module, args) -> nn.Module:
         (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
         net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
                                       gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes as they are
+        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes anyway
     if args.compile:
         net.compile()  # in place: the names in the state dict stay
     return net
@@ -1005,10 +1003,8 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
 # same as simsiam.py
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    i = chosen(u < prob, x)
-    x = x.clone()
-    x[i] = gray(x[i]).expand(-1, 3, -1, -1)
-    return x
+    mask = (u < prob).to(x.device, non_blocking=True)
+    return torch.where(mask[:, None, None, None], gray(x), x)
 
 
 # same as simsiam.py
@@ -1095,8 +1091,8 @@ def load_data(args, labels: bool = False) -> SimpleNamespace:
             train, val = (images and load_pixels(images, args) for images in (train, val))
             bank = val and (train if train.pixels is not None else bank)
     if labels and val is None:
-        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a folder "
-                        "per class")
+        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a "
+                        "folder per class")
     if getattr(args, "batch_size", 0) > len(train):
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
                         f"{args.data}")
@@ -1152,7 +1148,7 @@ def folder_data(args):
             raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
                             f"of {folders[0]}; for images without labels give --data {folder}")
         images.labels = torch.from_numpy(np.searchsorted(classes, names))
-    # At most about 128,000, a tenth of ImageNet's, if they are to be read from disk: ours, for speed.
+    # A bank of at most about 128,000, a tenth of ImageNet, if read from disk: ours, for speed.
     some = slice(None, None, max(1, round(len(train) / 128_000)))
     return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
 
@@ -1264,10 +1260,7 @@ def batches(args, images: Images, start: int, stop: int, views: int):
 # same as simsiam.py
 def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
     """Names each image that could not be read, once. Every process must call it."""
-    found = [wanted[wanted != shown].tolist()] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(found, found[0])
-    for i in sorted({i for part in found for i in part}):
+    for i in sorted({*itertools.chain(*of_all(wanted[wanted != shown].tolist()))}):
         if images.path(i) not in images.unreadable:
             images.unreadable.add(images.path(i))
             say(f"unreadable, another image stands in for it: {images.path(i)}")
@@ -1299,9 +1292,8 @@ def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
     encoder.train(training)
     rows, shown = torch.cat(rows), torch.cat(shown)
     report_unreadable(images, mine, shown)
-    rows, shown = (all_gather(part).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:n]
-                   for part in (rows, shown))
-    return rows, shown
+    parts = (all_gather(part).unflatten(0, (world_size(), -1)) for part in (rows, shown))
+    return tuple(part.transpose(0, 1).flatten(0, 1)[:n] for part in parts)
 
 
 # same as simsiam.py
@@ -1331,15 +1323,15 @@ def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
     (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
     labels = [images.labels[k.cpu()].to(args.device)
               for images, k in ((data.bank, i), (data.val, j))]
-    result = {"knn": knn_accuracy(bank, labels[0], queries, labels[1], args.knn_k,
-                                  args.knn_temperature)}
+    vote = functools.partial(knn_accuracy, k=args.knn_k, temperature=args.knn_temperature)
+    result = {"knn": vote(bank, labels[0], queries, labels[1])}
     if epoch == 0:
         say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
             f"images, {len(queries)} queries")
         if args.data == "demo":  # what the pixels give away without any network
-            pixels = [images.pixels.flatten(1).float() / 255 - 0.5 for images in (data.bank, data.val)]
-            result["knn_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1],
-                                                args.knn_k, args.knn_temperature)
+            bank, queries = (images.pixels.flatten(1) / 255 - 0.5
+                             for images in (data.bank, data.val))
+            result["knn_pixels"] = vote(bank, labels[0], queries, labels[1])
     return result
 
 
@@ -1355,14 +1347,14 @@ class Run:
     """
 
     def __init__(self, args, data):
-        self.args, self.board, self.corrupt, self.step = args, None, False, None
+        self.args, self.board = args, None
         self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
                        "recipe": args.recipe, "seed": args.seed,
                        "init": args.initial and args.initial.digest,
                        **{name: getattr(args, name) for name in args.fields}}
         found = on_rank_0(self.claim)
         self.state = everywhere(lambda: load_file(found)) if found else None
-        self.start = self.state["step"] if self.state else 0  # the step to do next
+        self.start = self.saved = self.state["step"] if self.state else 0  # the step to do next
         on_rank_0(self.open_log)
 
     def path(self, name: str) -> str:
@@ -1377,23 +1369,23 @@ class Run:
         except BlockingIOError:
             raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
                             "another --out") from None
-        except (OSError, ValueError) as error:  # the latter: a character that no path may have
-            raise UserError(f"--out {self.args.out!r}: {error}") from None
         if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))
         last, previous = self.path("last.pt"), self.path("previous.pt")
-        for path in filter(os.path.exists, (last, previous)):
+        there = [*filter(os.path.exists, (last, previous))]
+        for path in there:
             try:
                 config = load_file(path)["config"]
             except (UserError, KeyError, TypeError):
                 say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
-                self.corrupt = True
                 continue
             self.compare(config)
+            if path != there[0]:  # lest it become previous.pt
+                os.replace(last, self.path("corrupt.pt"))
             return path
-        if self.corrupt:
+        if there:
             raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
         log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
         if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
@@ -1426,8 +1418,8 @@ class Run:
         resumed = self.state and os.path.exists(self.path("log.jsonl"))
         self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
         if resumed:
-            self.file.truncate(self.state["log_bytes"])
-            self.file.seek(0, os.SEEK_END)
+            size = self.file.seek(0, os.SEEK_END)  # a log that was cut by others is not filled up
+            self.file.seek(self.file.truncate(min(size, self.state["log_bytes"])))
             say(f"{self.args.out}: going on from step {self.start}")
         git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
                "--dirty", "--exclude=*"]
@@ -1452,34 +1444,27 @@ class Run:
                 self.file.write(json.dumps(record).encode() + b"\n")
                 self.file.flush()
             except OSError as error:
-                raise UserError(f"{self.path('log.jsonl')}: {error.strerror}; the same command goes "
-                                "on from the last checkpoint") from None
+                raise UserError(f"could not write {self.path('log.jsonl')}: {error}; what was "
+                                "saved is whole, and the same command goes on from it") from None
             if self.board and "step" in record:
                 for name in record.keys() - {"step", "epoch", "q_histogram"}:
                     self.board.add_scalar(name, record[name], record["step"])
                 self.board.flush()
 
-    def save(self, model: nn.Module, optimizer, keep: bool = False, **state) -> None:
-        """last.pt becomes previous.pt and the new state last.pt; if it fails, both stay."""
-        on_rank_0(lambda: self.write(model, optimizer, keep, state))
-
-    def write(self, model: nn.Module, optimizer, keep: bool, state: dict) -> None:
+    def save(self, model: nn.Module, optimizer, keep: bool, **state) -> None:
+        """On rank 0: last.pt becomes previous.pt, the new state last.pt; if it fails, both stay."""
         state |= {"config": self.config, "log_bytes": self.file.tell(),
                   "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        try:
-            os.fsync(self.file.fileno())
-            last, older = self.path("last.pt"), "corrupt.pt" if self.corrupt else "previous.pt"
-            write_file(self.path("new.pt"), lambda file: torch.save(state, file))
-            if os.path.exists(last) and self.step != state["step"]:  # else it is the same once more
-                os.replace(last, self.path(older))
-            os.replace(self.path("new.pt"), last)
-            self.corrupt, self.step = False, state["step"]
-            if keep:
-                shutil.copy(last, self.path(f"step{state['step']}.pt"))
-            write_encoder(model.encoder, self.args)
-        except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
-            raise UserError(f"could not write to {self.args.out} ({error}); the last checkpoint "
-                            "there is whole, and the same command goes on from it") from None
+        os.fsync(self.file.fileno())
+        last, new = self.path("last.pt"), self.path("new.pt")
+        write_file(new, lambda file: torch.save(state, file))
+        if os.path.exists(last) and self.saved != state["step"]:  # else it is the same once more
+            os.replace(last, self.path("previous.pt"))
+        os.replace(new, last)
+        self.saved = state["step"]
+        if keep:
+            write_file(self.path(f"step{self.saved}.pt"), lambda file: torch.save(state, file))
+        write_encoder(model.encoder, self.args)
 
     def save_views(self, images: Images, views: int, augmented) -> None:
         """views.png: eight images in the test view, then their views as training sees them."""
@@ -1492,10 +1477,8 @@ class Run:
             mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
             rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
             picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
-            try:
-                torchvision.io.write_png((picture * 255).round().byte(), self.path("views.png"))
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"could not write {self.path('views.png')}: {error}") from None
+            png = torchvision.io.encode_png((picture * 255).round().byte())
+            write_file(self.path("views.png"), lambda file: file.write(png.numpy().tobytes()))
             if self.board:
                 self.board.add_image("views", picture)
 
@@ -1506,20 +1489,23 @@ class Run:
 def write_file(path: str, write) -> None:
     """write(file), waits for the disk, then renames: the file at path is never half written."""
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
+        raise UserError(f"could not write {path}: {error}; what was saved is whole, and the same "
+                        "command goes on from it") from None
+    finally:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise
 
 
 # same as simsiam.py
 def write_encoder(encoder: nn.Module, args) -> None:
-    """encoder.pt, the weights with torchvision's or timm's names, and what they are for beside it."""
+    """encoder.pt, the weights with torchvision's or timm's names; beside it what they are for."""
     weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
     about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
     path = os.path.join(args.out, "encoder")
@@ -1528,12 +1514,12 @@ def write_encoder(encoder: nn.Module, args) -> None:
 
 
 # same as simsiam.py
-def load_file(path: str, device="cpu"):
+def load_file(path: str):
     """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no file {path} (several hosts need a disk that all see)") from None
+        raise UserError(f"there is no file {path} (all hosts must see one disk)") from None
     except Exception as error:  # torch.load has no error class of its own
         raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
                         f"values ({type(error).__name__})") from None
@@ -1573,13 +1559,13 @@ def read_init(args) -> SimpleNamespace:
         raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
                         "official checkpoint") from None
     if settings.get("arch", args.arch) not in CHOICES["arch"]:
-        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does not "
-                        "build")
+        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does "
+                        "not build")
     for name, value in settings.items():
         given = args.given.get(name, value)
         if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
-            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: leave "
-                            "the flag out")
+            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: "
+                            "leave the flag out")
         setattr(args, name, value)
     return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
 
@@ -1590,21 +1576,16 @@ def load_initial(model: nn.Module, args) -> None:
     state = args.initial.state
     if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
         model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
-        state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): x for name, x in state.items()
+                 if name.startswith(prefix)}
         if not state:
             raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
-    own = model.state_dict()
-    wrong = [f"no {name}" for name in own.keys() - state.keys()]
-    wrong += [f"unknown {name}" for name in state.keys() - own.keys()]
-    wrong += [f"{name} of shape {[*state[name].shape]} for {[*own[name].shape]}"
-              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
-    if wrong:
-        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width {args.width:g} and "
-                        f"the other settings: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # what a module itself finds wrong with its weights
-        raise UserError(f"--init {args.init}: {str(error).splitlines()[-1].strip()}") from None
+    except RuntimeError as error:  # which names what is missing, unknown, or of another shape
+        wrong = textwrap.shorten(str(error).partition("\n")[2], 220)
+        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width "
+                        f"{args.width:g} and the rest: {wrong}") from None
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -1658,8 +1639,8 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
 
     def save(step, evaluated=False):
         keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
-        run.save(model, optimizer, keep, step=step, evaluated=evaluated,
-                 finished=evaluated and step == total)
+        on_rank_0(lambda: run.save(model, optimizer, keep, step=step, evaluated=evaluated,
+                                   finished=evaluated and step == total))
 
     def evaluate_at(step):
         if record := evaluate(step // per_epoch):
@@ -1689,9 +1670,9 @@ def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monito
             loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
             norms = torch.stack(torch._foreach_norm([*model.parameters()]))
             if not (losses.isfinite() and norms.isfinite().all()):
-                raise UserError(f"loss or weights stopped being finite in the steps {first} to {step}; "
-                                f"{run.path('last.pt')} is from before, if there is one: try a lower "
-                                "--base-lr, or --precision fp32")
+                raise UserError(f"loss or weights stopped being finite in the steps {first} to "
+                                f"{step}: try a lower --base-lr, or --precision fp32; a last.pt in "
+                                f"{args.out} is from before")
             count, seconds = step + 1 - first, time.time() - mark
             record = dict(
                 epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
@@ -1735,7 +1716,7 @@ def peak_memory(device: torch.device) -> float:
 # same as byol.py
 def labelled(images: Images, args) -> Images:
     """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
-    seed, or those that a file lists, a line each, by file name (as in SimCLR's) or class/name."""
+    seed, or those a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
     try:
         share = float(args.labels)
     except ValueError:
@@ -1749,9 +1730,9 @@ def labelled(images: Images, args) -> Images:
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
         # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
         wanted = max(len(parts), round(share * sum(map(len, parts))))
-        least, left = divmod(wanted, len(parts))
-        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < left
-        picked = torch.cat([part[:least + one] for part, one in zip(parts, more)])
+        each, rest = divmod(wanted, len(parts))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
+        picked = torch.cat([part[:each + one] for part, one in zip(parts, more)])
         picked = picked.sort()[0]
     else:
         try:
@@ -1782,10 +1763,7 @@ def labelled(images: Images, args) -> Images:
 def write_labels(run: Run, images: Images) -> None:
     """labels.txt: the images whose labels were used, as --labels reads them."""
     lines = b"".join(os.fsencode(name) + b"\n" for name in images.names)
-    try:
-        write_file(run.path("labels.txt"), lambda file: file.write(lines))
-    except OSError as error:
-        raise UserError(f"could not write {run.path('labels.txt')}: {error}") from None
+    write_file(run.path("labels.txt"), lambda file: file.write(lines))
 
 
 # same as simsiam.py
@@ -2077,15 +2055,7 @@ def embed(args) -> None:
     result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
               "classes": data.classes}
     path = os.path.join(args.out, "features.pt")
-
-    def write():
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            write_file(path, lambda file: torch.save(result, file))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"could not write {path}: {error}") from None
-
-    on_rank_0(write)
+    on_rank_0(lambda: write_file(path, lambda file: torch.save(result, file)))
     say(f"{path}: features {[*result['features'].shape]}")
 
 
@@ -2101,11 +2071,10 @@ def main(argv: list[str] | None = None) -> int:
          "embed": embed}[args.stage](args)
         return 0
     except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sentence = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                    KeyboardInterrupt: "interrupted; what was saved is whole",
-                    }.get(type(error), error)
+        known = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
+                 KeyboardInterrupt: "interrupted; what was saved is whole"}
         if rank() == 0:
-            print(f"{SCRIPT}.py: {sentence}", file=sys.stderr, flush=True)
+            print(f"{SCRIPT}.py: {known.get(type(error), error)}", file=sys.stderr, flush=True)
         else:  # torchrun ends all processes when one ends: let rank 0 speak first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3)

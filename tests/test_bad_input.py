@@ -45,6 +45,9 @@ def world(tmp_path_factory, photos, classes):
     frames = [Image.new("RGB", (140, 140), colour) for colour in ("red", "blue")]
     (root / "moving").mkdir()
     frames[0].save(root / "moving" / "a.jpg", format="GIF", save_all=True, append_images=frames[1:])
+    shutil.copytree(root / "run", root / "logless")
+    (root / "logless" / "log.jsonl").unlink()
+    (root / "logless" / "log.jsonl").mkdir()
     (root / "foreign").mkdir()
     (root / "foreign" / "log.jsonl").write_text("my own notes\n")
     return root
@@ -80,10 +83,10 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "all warm-up": ("--warmup-epochs 9 --epochs 9", "--warmup-epochs 9 leaves none of 9 epochs"),
     "width of nothing": ("--width 0.001", "width 0.001 leaves the stem fewer than 8 channels"),
     "unknown recipe": ("--recipe imagnet", "invalid choice: 'imagnet'"),
-    "unknown stage": ("pretrian", "there is no stage pretrian"),
+    "unknown stage": ("pretrian", "invalid choice: 'pretrian'"),
     "unknown network": ("--arch resnet51", "invalid choice: 'resnet51'"),
     "unknown ablation": ("--predictor noen", "invalid choice: 'noen'"),
-    "unknown flag": ("--learning-rate 1", "unknown: --learning-rate"),
+    "unknown flag": ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
     "flag of another stage": ("linear --init {w}/run/last.pt --blur-prob 0.1",
                               "--blur-prob is no setting of the stage linear"),
     "accumulation where batch norm forbids": ("--accumulate 2", "--accumulate would change the method"),
@@ -98,7 +101,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "malicious checkpoint": ("linear --data {c} --init {w}/evil.pt", "cannot be loaded"),
     "weights of another method": ("linear --data {c} --init {w}/vit.pt",
                                   "holds a vit_small, which simsiam.py does not build"),
-    "seed of astronomers": ("--seed 18446744073709551616", "is too large: below 2**63"),
+    "seed of astronomers": ("--seed 18446744073709551616", "0 or more, at most 1e+18"),
     "an image format that moves": ("--data {w}/moving", "1 images under"),
     "some other file": ("linear --data {c} --init {w}/other.pt", "is none of a run's last.pt"),
     "a file of a list": ("linear --data {c} --init {w}/list.pt", "is none of a run's last.pt"),
@@ -112,7 +115,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
         "embed --data {c} --init {w}/run/encoder.pt --recipe demo --width 0.5",
         "--width 0.5, but {w}/run/encoder.pt has 0.125"),
     "weights with other heads": ("--data {c} --init {w}/run/last.pt --dim 8",
-                                 "predictor.3.bias of shape [16] for [8]"),
+                                 "size mismatch for projector.3.weight"),
     "another configuration in --out": ("--data {c} --out {w}/run --seed 7",
                                        "run holds another run, with seed 0 (now 7)"),
     "another recipe in --out": ("--data {c} --out {w}/run --dim 8 --base-lr 1",
@@ -121,6 +124,7 @@ CASES = {  # what is wrong: (command, with {w} for the world and {c} for a good 
     "a file as the parent of --out": ("--data {c} --out {w}/file/run", "Not a directory"),
     "a file as --out": ("--data {c} --out {w}/file", "File exists"),
     "somebody's own log in --out": ("--data {c} --out {w}/foreign", "log.jsonl is none of ours"),
+    "a folder in the log's place": ("--data {c} --out {w}/logless", "Is a directory: '{w}/logless/log"),
     "embed into a file": ("embed --data {c} --init {w}/run/last.pt --out {w}/file/x",
                           "Not a directory"),
 }
@@ -153,6 +157,12 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_pat
     monkeypatch.setattr(simsiam, "world_size", lambda: 3)
     assert simsiam.main([*TINY, "--out", str(tmp_path)]) == 2
     assert "must be a multiple of the 3 processes" in capsys.readouterr().err
+
+
+def test_a_rank_that_no_launcher_has_set_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert simsiam.main([*TINY, "--out", str(tmp_path)]) == 2
+    assert "start with torchrun, or unset RANK" in capsys.readouterr().err
 
 
 def test_one_unreadable_image_of_many_is_named_once_and_replaced(tmp_path, capsys):

@@ -1496,7 +1496,7 @@ REFUSED = {  # file, flags, what the sentence must name
     "another stem": ("small", "--stem conv", ["--stem conv"]),
     "MAE's table": ("mae", "", ["pos_embed", "sin-cos"]),
     "truncated": ("truncated", "", ["truncated.pth.tar", "cannot be loaded"]),
-    "missing key": ("missing", "", ["no blocks.1.attn.qkv.bias"]),
+    "missing key": ("missing", "", ["Missing key", "blocks.1.attn.qkv.bias"]),
     "unexpected key": ("unexpected", "", ["blocks.3.norm1.weight"]),
     "another shape": ("shape", "", ["blocks.1.attn.qkv.bias"]),
     "unknown architecture": ("giant", "", ["giant"]),
@@ -1585,3 +1585,11 @@ def test_export_of_a_run_says_what_it_is(toy, tmp_path):
                 "--init-encoder", "momentum_encoder") == 0
     for name, x in loaded(tmp_path / "m").items():
         assert torch.equal(x, state[f"momentum_encoder.{name}"]), name
+
+
+def test_the_warm_up_is_measured_against_the_recipe_that_init_brings(tmp_path):
+    torch.save({"config": {"arch": "resnet50"}, "model": {}}, tmp_path / "last.pt")
+    args = moco_v3.parse_args(["--data", str(tmp_path), "--init", str(tmp_path / "last.pt"),
+                               "--epochs", "30", "--device", "cpu"])  # the ViT's warm-up takes 40
+    moco_v3.setup(args)
+    assert args.recipe == "imagenet-r50-100" and args.warmup_epochs == 10

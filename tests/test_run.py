@@ -223,6 +223,15 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_taken(photos, whole, t
     assert "--fresh starts over" in capsys.readouterr().err
 
 
+def test_a_log_that_others_cut_is_not_filled_up_with_noughts(photos, tmp_path):
+    args = ["--data", photos, "--out", tmp_path, *LONG]
+    main(*args, "--steps", 7)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0])
+    assert main(*args, "--steps", 9) == 0
+    assert [x["step"] for x in curve(tmp_path)] == [7, 8]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(photos, tmp_path, capsys, monkeypatch):
     args = ["--data", photos, "--out", tmp_path, *LONG]
     main(*args, "--steps", 7)

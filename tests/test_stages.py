@@ -69,7 +69,7 @@ def test_the_authors_checkpoints_load_strictly(classes, tmp_path, capsys):
     torch.save({"arch": "resnet50", "state_dict": state}, tmp_path / "cut.pth.tar")
     assert main(*args[:1], tmp_path / "cut.pth.tar", *args[2:], "--batch-size", 4, "--out",
                 tmp_path / "cut") == 2
-    assert "no projector.4.running_mean" in capsys.readouterr().err
+    assert 'Missing key(s) in state_dict: "projector.4.running_mean"' in capsys.readouterr().err
     # Their linear checkpoints: torchvision's names behind "module.".
     plain = {"module." + name: x for name, x in torchvision.models.resnet50().state_dict().items()}
     torch.save({"arch": "resnet50", "state_dict": plain, "best_acc1": 68.1}, tmp_path / "linear.pth.tar")
