@@ -603,6 +603,30 @@ def world_size() -> int:
 
 
 # same as simsiam.py
+def join_processes(backend: str) -> bool:
+    """dist.init_process_group; returns whether torchrun has started this run before.
+
+    Its store outlives the processes (torch 2.14) and holds the addresses of dead ones, which
+    new ones would call: so each asks rank 0 by a fresh name and is told this start's prefix.
+    """
+    store, me, world = next(dist.rendezvous("env://"))
+    name = start = os.urandom(16).hex()
+    if me:
+        store.set(f"asks{me}", name)
+        start = store.get(name).decode()  # waits until it is there
+        store.set(f"{start}{me}", "heard")
+    else:
+        again = store.add("starts", 1) > 1
+        while not all([store.check([f"{start}{r}"]) for r in range(1, world)]):
+            for r in range(1, world):
+                if store.check([f"asks{r}"]):  # it may be a dead one's question: until all have heard
+                    store.set(store.get(f"asks{r}").decode(), start)
+            time.sleep(0.05)
+    dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=me, world_size=world)
+    return me == 0 and again
+
+
+# same as simsiam.py
 def setup(args) -> None:
     """Picks the device, joins torchrun's process group, seeds, reads --init."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -621,9 +645,10 @@ def setup(args) -> None:
     if "RANK" in os.environ:
         # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+            again = join_processes("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         except ValueError as error:  # a RANK that no launcher has set
             raise UserError(f"{error}: start with torchrun, or unset RANK") from None
+        args.fresh = args.fresh and not again  # what is there is this run's own
     if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
         raise UserError("--device mps takes one process and no fp64; give --device cpu")
     if args.workers is None:
