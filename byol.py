@@ -306,32 +306,6 @@ def negatives_loss(p: Tensor, z: Tensor, z_same: Tensor, alpha: float) -> Tensor
         return 2 * alpha * torch.logsumexp(torch.cat([other, same], dim=1), dim=1).mean()
 
 
-# same as simsiam.py
-@torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
-
-    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
-    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
-    """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
-
-
-# same as simsiam.py
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
-
-    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
-    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
-    """
-    z = z.double() - z.double().mean(dim=0)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram).clamp(min=0)
-    share = share / share.sum().clamp(min=1e-300)
-    return torch.special.entr(share).sum().exp().item()
-
-
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -390,50 +364,10 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, tau: floa
     getattr(model, "module", model).update_target(tau)  # by the weights just updated
     return loss.detach(), z1
 
-
-def pretrain(args) -> None:
-    """Algorithm 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    model = BYOL(build_encoder(args), args.dim, args.hidden_dim, args.output_bn, args.predictor,
-                 args.target)
-    net = prepare(model, args)
-    if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
-        # --init held an encoder alone: the target starts as a copy of it, as always.
-        model.target_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    per_epoch = len(data.train) // args.batch_size
-    steps = args.epochs * per_epoch
-    chance = 4 + 4 * args.beta * args.alpha * math.log(2 * args.batch_size - 1)  # all cosines 0
-    say(f"loss: about {chance:.3g} by chance" + ("" if args.beta else ", 0 at the least"))
-    if args.target == "ema":
-        scaled = args.batch_size != args.recipe_batch and "base_tau" not in args.given
-        say(f"tau: {args.base_tau:.6g}"
-            + f" (the recipe's to the power of {args.batch_size} / {args.recipe_batch})" * scaled
-            + (f", to 1 over {steps} steps" if args.tau_schedule == "cosine" else ", constant"))
-
-    def step(batch, epoch):
-        tau = args.base_tau
-        if args.tau_schedule == "cosine":
-            tau = ema_tau(round(epoch * per_epoch), steps, args.base_tau)
-        loss, z = train_step(net, optimizer, *two_views(batch, args), epoch, tau, args)
-        return loss, (z, tau)
-
-    def monitor(seen):
-        z, tau = seen
-        z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        target = {} if args.target == "online" else {
-            "tau": tau, "target_distance": model.target_distance()}
-        return {"std": feature_std(z), "rank": effective_rank(z),
-                "z_norm": z.norm(dim=1).mean().item(), **target}
-
-    run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
-    fit(args, run, data, model, optimizer, step, monitor, views=2,
-        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
-
 # ==================================================================================================
 # Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop; and, at the
+# end, the stages, which call what stands above.
 # ==================================================================================================
 
 # ------------------------------------------------------------------------------------ command line
@@ -874,14 +808,20 @@ def gray(x: Tensor) -> Tensor:
 
 # same as simsiam.py
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
+
+    Without torch.where and %, which cost a CPU as much as all else in the augmentation: sorting
+    the channels by minima and maxima tells the hue's sector from two comparisons.
+    """
     r, g, b = x.unbind(dim=1)
-    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
-    c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
-                                                           4 + (r - g) / c))  # in sixths
+    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
+    sector = sector - (2 + 2 * sector) * (r < high).to(x)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
     hue = (hue + 6 * shift[:, 0])[:, None]
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = k - 6 * (k / 6).floor()
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -911,15 +851,15 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     for place in range(4):
         for k, operation in enumerate(COLOUR_OPERATIONS):
             i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x[i] = operation(x[i], factor[i, k])
+            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
     return x
 
 
 # same as simsiam.py
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    mask = (u < prob).to(x.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], gray(x), x)
+    i = chosen(u < prob, x)
+    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
 
 
 # same as simsiam.py
@@ -1194,7 +1134,33 @@ def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
                         "than 1 %: mend or remove the files named above")
 
 
-# ------------------------------------------------------------------------------------- kNN monitor
+# ----------------------------------------------------------------------------------------- monitors
+
+
+# same as simsiam.py
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+# same as simsiam.py
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z.double() - z.double().mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
 
 
 # same as simsiam.py
@@ -1634,7 +1600,48 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ------------------------------------------------------------------------- linear evaluation, embed
+# ------------------------------------------------------------------------------------------- stages
+
+
+def pretrain(args) -> None:
+    """Algorithm 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    model = BYOL(build_encoder(args), args.dim, args.hidden_dim, args.output_bn, args.predictor,
+                 args.target)
+    net = prepare(model, args)
+    if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
+        # --init held an encoder alone: the target starts as a copy of it, as always.
+        model.target_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    per_epoch = len(data.train) // args.batch_size
+    steps = args.epochs * per_epoch
+    chance = 4 + 4 * args.beta * args.alpha * math.log(2 * args.batch_size - 1)  # all cosines 0
+    say(f"loss: about {chance:.3g} by chance" + ("" if args.beta else ", 0 at the least"))
+    if args.target == "ema":
+        scaled = args.batch_size != args.recipe_batch and "base_tau" not in args.given
+        say(f"tau: {args.base_tau:.6g}"
+            + f" (the recipe's to the power of {args.batch_size} / {args.recipe_batch})" * scaled
+            + (f", to 1 over {steps} steps" if args.tau_schedule == "cosine" else ", constant"))
+
+    def step(batch, epoch):
+        tau = args.base_tau
+        if args.tau_schedule == "cosine":
+            tau = ema_tau(round(epoch * per_epoch), steps, args.base_tau)
+        loss, z = train_step(net, optimizer, *two_views(batch, args), epoch, tau, args)
+        return loss, (z, tau)
+
+    def monitor(seen):
+        z, tau = seen
+        z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        target = {} if args.target == "online" else {
+            "tau": tau, "target_distance": model.target_distance()}
+        return {"std": feature_std(z), "rank": effective_rank(z),
+                "z_norm": z.norm(dim=1).mean().item(), **target}
+
+    run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
+    fit(args, run, data, model, optimizer, step, monitor, views=2,
+        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
 
 
 def labelled(images: Images, args) -> Images:

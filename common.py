@@ -350,6 +350,19 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
 # -------------------------------------------------------------------------------------------- LARS
 
 
+def in_cache(params: list[Tensor], size: int = 2**17) -> list[list[Tensor]]:
+    """The tensors to update at once. On a GPU all, for few launches; on a CPU about `size` numbers,
+    half a megabyte, which stay in a core's cache from one operation to the next: ours, measured."""
+    parts, numbers = [[]], 0
+    for p in params:
+        if p.device.type == "cpu" and parts[-1] and numbers + p.numel() > size:
+            parts.append([])
+            numbers = 0
+        parts[-1].append(p)
+        numbers += p.numel()
+    return parts if params else []
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al., arXiv:1708.03888) as the SSL papers' code has them.
 
@@ -381,29 +394,30 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            used = [p for p in group["params"] if p.grad is not None]
-            weights = [p for p in used if p.ndim > 1 or not group["exclude_1d"]]
-            biases = [p for p in used if p.ndim <= 1 and group["exclude_1d"]]
-            if not (params := [*weights, *biases]):
-                continue
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers, u = [self.state[p]["momentum_buffer"] for p in params], []
-            if weights:
-                u = torch._foreach_add([p.grad for p in weights], weights,
-                                       alpha=group["weight_decay"])
-                if group["trust_coefficient"] is not None:
-                    w_norm = torch.stack(torch._foreach_norm(weights))
-                    u_norm = torch.stack(torch._foreach_norm(u))
-                    ratio = group["trust_coefficient"] * w_norm / u_norm
-                    ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, 1.0)
-                    torch._foreach_mul_(u, list(ratio.unbind()))
-            in_buffer, outside = (group["lr"], 1) if group["lr_in_momentum"] else (1, group["lr"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, [*u, *(p.grad for p in biases)], alpha=in_buffer)
-            torch._foreach_add_(params, buffers, alpha=-outside)
+            for part in in_cache([p for p in group["params"] if p.grad is not None]):
+                self.update(part, group)
         return loss
+
+    def update(self, used: list[Tensor], group: dict) -> None:
+        weights = [p for p in used if p.ndim > 1 or not group["exclude_1d"]]
+        biases = [p for p in used if p.ndim <= 1 and group["exclude_1d"]]
+        params, u = [*weights, *biases], []
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        if weights:
+            u = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            if group["trust_coefficient"] is not None:
+                w_norm = torch.stack(torch._foreach_norm(weights))
+                u_norm = torch.stack(torch._foreach_norm(u))
+                ratio = group["trust_coefficient"] * w_norm / u_norm
+                ratio = torch.where((w_norm > 0) & (u_norm > 0), ratio, 1.0)
+                torch._foreach_mul_(u, list(ratio.unbind()))
+        in_buffer, outside = (group["lr"], 1) if group["lr_in_momentum"] else (1, group["lr"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, [*u, *(p.grad for p in biases)], alpha=in_buffer)
+        torch._foreach_add_(params, buffers, alpha=-outside)
 
 
 # ------------------------------------------------------------------- batch norm over all processes

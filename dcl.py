@@ -300,32 +300,6 @@ def queue_margins(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Te
     return torch.logsumexp(cosines / temperature, dim=1) - (q * k).sum(dim=1) / temperature
 
 
-# same as simsiam.py
-@torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
-
-    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
-    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
-    """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
-
-
-# same as simsiam.py
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
-
-    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
-    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
-    """
-    z = z.double() - z.double().mean(dim=0)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram).clamp(min=0)
-    share = share / share.sum().clamp(min=1e-300)
-    return torch.special.entr(share).sum().exp().item()
-
-
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -408,54 +382,10 @@ class CouplingMonitor:
         q = torch.cat([*self.recent]).float().sigmoid().cpu()
         return sum_over_processes(torch.histc(q, bins=50, min=0, max=1)).int().tolist()
 
-
-def pretrain(args) -> None:
-    """Training over the whole data, with its monitors."""
-    data = load_data(args)
-    per_epoch = len(data.train) // args.batch_size
-    if args.queue >= per_epoch * args.batch_size:
-        raise UserError(f"--queue {args.queue} is no less than an epoch: an image's own key of the "
-                        f"epoch before would be among its negatives; {args.data} has "
-                        f"{len(data.train)} images")
-    model = Contrast(build_encoder(args), args.dim, args.hidden_dim, args.head_bn, args.queue)
-    net = prepare(model, args)
-    if args.queue and args.initial and all(n.startswith("encoder.") for n in args.initial.state):
-        # An encoder alone: the momentum encoder starts as its copy.
-        model.key_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    images = args.batch_size // (world_size() if args.negatives == "local" else 1)
-    negatives = args.queue or 2 * (images - 1)
-    say(f"{args.loss}: {negatives} negatives an anchor, batch {args.batch_size}; InfoNCE by chance "
-        f"{math.log(negatives + 1):.2f}, DCL {math.log(negatives):.2f}, which has no least value")
-    # Histograms of q_B at these shares of the run, of at least 4096 anchors, for 50 bins: ours.
-    steps = args.epochs * per_epoch
-    marks = {max(1, round(share * steps)): share for share in (0.01, 0.1, 0.5, 1.0)}
-    coupling = CouplingMonitor(window=-(-4096 // (args.batch_size * (1 if args.queue else 2))))
-
-    def step(batch, epoch):
-        x = augment(batch.crops, batch.colours, args)
-        loss, z, m, w = train_step(net, optimizer, x, epoch, args)
-        coupling.add(m)
-        number = round(epoch * per_epoch) + 1
-        if number in marks:
-            run.log(epoch=round(number / per_epoch, 4), step=number, share=marks[number],
-                    q_histogram=coupling.histogram())
-        return loss, (z, w)
-
-    def monitor(seen):
-        z, w = map(all_gather, seen)
-        z = z[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        weight = {"w_min": w.min().item(), "w_mean": w.mean().item()} if len(w) else {}
-        return {"std": feature_std(z), "rank": effective_rank(z), **coupling.read(), **weight}
-
-    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
-    fit(args, run, data, model, optimizer, step, monitor, views=2,
-        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
-
 # ==================================================================================================
 # Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop; and, at the
+# end, the stages, which call what stands above.
 # ==================================================================================================
 
 # ------------------------------------------------------------------------------------ command line
@@ -878,14 +808,20 @@ def gray(x: Tensor) -> Tensor:
 
 # same as simsiam.py
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
+
+    Without torch.where and %, which cost a CPU as much as all else in the augmentation: sorting
+    the channels by minima and maxima tells the hue's sector from two comparisons.
+    """
     r, g, b = x.unbind(dim=1)
-    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
-    c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
-                                                           4 + (r - g) / c))  # in sixths
+    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
+    sector = sector - (2 + 2 * sector) * (r < high).to(x)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
     hue = (hue + 6 * shift[:, 0])[:, None]
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = k - 6 * (k / 6).floor()
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -915,15 +851,15 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     for place in range(4):
         for k, operation in enumerate(COLOUR_OPERATIONS):
             i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x[i] = operation(x[i], factor[i, k])
+            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
     return x
 
 
 # same as simsiam.py
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    mask = (u < prob).to(x.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], gray(x), x)
+    i = chosen(u < prob, x)
+    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
 
 
 # same as simsiam.py
@@ -1189,7 +1125,33 @@ def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
                         "than 1 %: mend or remove the files named above")
 
 
-# ------------------------------------------------------------------------------------- kNN monitor
+# ----------------------------------------------------------------------------------------- monitors
+
+
+# same as simsiam.py
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+# same as simsiam.py
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z.double() - z.double().mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
 
 
 # same as simsiam.py
@@ -1629,7 +1591,52 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ------------------------------------------------------------------------- linear evaluation, embed
+# ------------------------------------------------------------------------------------------- stages
+
+
+def pretrain(args) -> None:
+    """Training over the whole data, with its monitors."""
+    data = load_data(args)
+    per_epoch = len(data.train) // args.batch_size
+    if args.queue >= per_epoch * args.batch_size:
+        raise UserError(f"--queue {args.queue} is no less than an epoch: an image's own key of the "
+                        f"epoch before would be among its negatives; {args.data} has "
+                        f"{len(data.train)} images")
+    model = Contrast(build_encoder(args), args.dim, args.hidden_dim, args.head_bn, args.queue)
+    net = prepare(model, args)
+    if args.queue and args.initial and all(n.startswith("encoder.") for n in args.initial.state):
+        # An encoder alone: the momentum encoder starts as its copy.
+        model.key_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    images = args.batch_size // (world_size() if args.negatives == "local" else 1)
+    negatives = args.queue or 2 * (images - 1)
+    say(f"{args.loss}: {negatives} negatives an anchor, batch {args.batch_size}; InfoNCE by chance "
+        f"{math.log(negatives + 1):.2f}, DCL {math.log(negatives):.2f}, which has no least value")
+    # Histograms of q_B at these shares of the run, of at least 4096 anchors, for 50 bins: ours.
+    steps = args.epochs * per_epoch
+    marks = {max(1, round(share * steps)): share for share in (0.01, 0.1, 0.5, 1.0)}
+    coupling = CouplingMonitor(window=-(-4096 // (args.batch_size * (1 if args.queue else 2))))
+
+    def step(batch, epoch):
+        x = augment(batch.crops, batch.colours, args)
+        loss, z, m, w = train_step(net, optimizer, x, epoch, args)
+        coupling.add(m)
+        number = round(epoch * per_epoch) + 1
+        if number in marks:
+            run.log(epoch=round(number / per_epoch, 4), step=number, share=marks[number],
+                    q_histogram=coupling.histogram())
+        return loss, (z, w)
+
+    def monitor(seen):
+        z, w = map(all_gather, seen)
+        z = z[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        weight = {"w_min": w.min().item(), "w_mean": w.mean().item()} if len(w) else {}
+        return {"std": feature_std(z), "rank": effective_rank(z), **coupling.read(), **weight}
+
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, views=2,
+        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
 
 
 # same as simsiam.py

@@ -76,7 +76,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
-from common import BLOCKS, LARS, VITS, ViT, demo_images, resnet, synchronize_batch_norm, vit
+from common import (BLOCKS, LARS, VITS, ViT, demo_images, in_cache, resnet, synchronize_batch_norm,
+                    vit)
 
 # ----------------------------------------------------------------------------------------- recipes
 
@@ -296,32 +297,6 @@ def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
     return 4 * temperature * math.log(n), 4 * temperature * floor
 
 
-# same as simsiam.py
-@torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
-
-    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
-    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
-    """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
-
-
-# same as simsiam.py
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
-
-    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
-    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
-    """
-    z = z.double() - z.double().mean(dim=0)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram).clamp(min=0)
-    share = share / share.sum().clamp(min=1e-300)
-    return torch.special.entr(share).sum().exp().item()
-
-
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -384,53 +359,10 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, m: float,
     module.update_momentum_encoder(m)
     return loss.detach(), q1.detach(), h1, norms
 
-
-def pretrain(args) -> None:
-    """Algorithm 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    model = MoCoV3(build_encoder(args), args.dim, args.hidden_dim, args.projector_layers,
-                   args.predictor, args.predictor_output_bn, args.bn)
-    net = prepare(model, args)
-    if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
-        # --init held an encoder alone: f_k starts as a copy of it, as always.
-        model.momentum_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    per_epoch = len(data.train) // args.batch_size
-    queue = QueueMonitor(data, args)
-    chance, floor = chance_and_floor(args.batch_size, args.temperature)
-    say(f"loss: {chance:.2f} by chance, never below {floor:.2f} (batch {args.batch_size}, "
-        f"temperature {args.temperature:g})")
-    timm_note(args)
-    largest = torch.zeros(2, device=args.device, dtype=args.dtype)  # norms since the last log line
-
-    def step(batch, epoch):
-        number = round(epoch * per_epoch)
-        # m of the step after this one: the keys are those of the authors' code (see the top).
-        m = momentum_schedule((number + 1) / per_epoch, args)
-        loss, q, h, norms = train_step(net, optimizer, *two_views(batch, args), epoch, m, args)
-        torch.maximum(largest, norms, out=largest)
-        if record := queue(model.encoder, h, batch.shown, number + 1):
-            run.log(epoch=round((number + 1) / per_epoch, 4), step=number + 1, **record)
-        return loss, (q, m)
-
-    def monitor(seen):
-        q, m = seen
-        q = all_gather(q)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        first, last = largest.tolist()
-        largest.zero_()
-        return {"chance": chance, "floor": floor, "std": feature_std(q), "rank": effective_rank(q),
-                "grad_first": first, "grad_last": last, "m": m}
-
-    run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
-    if fit(args, run, data, model, optimizer, step, monitor, views=2,
-           evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args)):
-        report_dips(run, len(data.val or ()))
-
 # ==================================================================================================
 # Here the method ends. What follows is LAMB, for a row of the study, and the machinery that all
 # five scripts share, kept equal to the letter by tests/test_copies.py: command line, processes,
-# data, kNN, run folder, loop, probe.
+# data, kNN, run folder, loop; and, at the end, the stages, which call what stands above.
 # ==================================================================================================
 
 # -------------------------------------------------------------------------------------------- LAMB
@@ -471,7 +403,8 @@ class LAMB(torch.optim.Optimizer):
                 state["step"] += 1
                 by_step.setdefault((state["step"], p.ndim > 1), []).append(p)
             for (t, adapted), weights in by_step.items():
-                self.update(weights, t, adapted, group)
+                for part in in_cache(weights):
+                    self.update(part, t, adapted, group)
         return loss
 
     def update(self, weights: list[Tensor], t: int, adapted: bool, group: dict) -> None:
@@ -932,14 +865,20 @@ def gray(x: Tensor) -> Tensor:
 
 # same as simsiam.py
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
+
+    Without torch.where and %, which cost a CPU as much as all else in the augmentation: sorting
+    the channels by minima and maxima tells the hue's sector from two comparisons.
+    """
     r, g, b = x.unbind(dim=1)
-    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
-    c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
-                                                           4 + (r - g) / c))  # in sixths
+    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
+    sector = sector - (2 + 2 * sector) * (r < high).to(x)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
     hue = (hue + 6 * shift[:, 0])[:, None]
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = k - 6 * (k / 6).floor()
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -969,15 +908,15 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     for place in range(4):
         for k, operation in enumerate(COLOUR_OPERATIONS):
             i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x[i] = operation(x[i], factor[i, k])
+            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
     return x
 
 
 # same as simsiam.py
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    mask = (u < prob).to(x.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], gray(x), x)
+    i = chosen(u < prob, x)
+    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
 
 
 # same as simsiam.py
@@ -1251,7 +1190,33 @@ def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
                         "than 1 %: mend or remove the files named above")
 
 
-# ------------------------------------------------------------------------------------- kNN monitor
+# ----------------------------------------------------------------------------------------- monitors
+
+
+# same as simsiam.py
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+# same as simsiam.py
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z.double() - z.double().mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
 
 
 # same as simsiam.py
@@ -1787,7 +1752,50 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ------------------------------------------------------------------------- linear evaluation, embed
+# ------------------------------------------------------------------------------------------- stages
+
+
+def pretrain(args) -> None:
+    """Algorithm 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    model = MoCoV3(build_encoder(args), args.dim, args.hidden_dim, args.projector_layers,
+                   args.predictor, args.predictor_output_bn, args.bn)
+    net = prepare(model, args)
+    if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
+        # --init held an encoder alone: f_k starts as a copy of it, as always.
+        model.momentum_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    per_epoch = len(data.train) // args.batch_size
+    queue = QueueMonitor(data, args)
+    chance, floor = chance_and_floor(args.batch_size, args.temperature)
+    say(f"loss: {chance:.2f} by chance, never below {floor:.2f} (batch {args.batch_size}, "
+        f"temperature {args.temperature:g})")
+    timm_note(args)
+    largest = torch.zeros(2, device=args.device, dtype=args.dtype)  # norms since the last log line
+
+    def step(batch, epoch):
+        number = round(epoch * per_epoch)
+        # m of the step after this one: the keys are those of the authors' code (see the top).
+        m = momentum_schedule((number + 1) / per_epoch, args)
+        loss, q, h, norms = train_step(net, optimizer, *two_views(batch, args), epoch, m, args)
+        torch.maximum(largest, norms, out=largest)
+        if record := queue(model.encoder, h, batch.shown, number + 1):
+            run.log(epoch=round((number + 1) / per_epoch, 4), step=number + 1, **record)
+        return loss, (q, m)
+
+    def monitor(seen):
+        q, m = seen
+        q = all_gather(q)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        first, last = largest.tolist()
+        largest.zero_()
+        return {"chance": chance, "floor": floor, "std": feature_std(q), "rank": effective_rank(q),
+                "grad_first": first, "grad_last": last, "m": m}
+
+    run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
+    if fit(args, run, data, model, optimizer, step, monitor, views=2,
+           evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args)):
+        report_dips(run, len(data.val or ()))
 
 
 # same as simsiam.py

@@ -380,32 +380,6 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
         return F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
 
 
-# same as simsiam.py
-@torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
-
-    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
-    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
-    """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
-
-
-# same as simsiam.py
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
-
-    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
-    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
-    """
-    z = z.double() - z.double().mean(dim=0)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram).clamp(min=0)
-    share = share / share.sum().clamp(min=1e-300)
-    return torch.special.entr(share).sum().exp().item()
-
-
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -984,14 +958,20 @@ def gray(x: Tensor) -> Tensor:
 
 # same as simsiam.py
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
+
+    Without torch.where and %, which cost a CPU as much as all else in the augmentation: sorting
+    the channels by minima and maxima tells the hue's sector from two comparisons.
+    """
     r, g, b = x.unbind(dim=1)
-    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
-    c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
-                                                           4 + (r - g) / c))  # in sixths
+    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
+    sector = sector - (2 + 2 * sector) * (r < high).to(x)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
     hue = (hue + 6 * shift[:, 0])[:, None]
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = k - 6 * (k / 6).floor()
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -1021,15 +1001,15 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     for place in range(4):
         for k, operation in enumerate(COLOUR_OPERATIONS):
             i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x[i] = operation(x[i], factor[i, k])
+            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
     return x
 
 
 # same as simsiam.py
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    mask = (u < prob).to(x.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], gray(x), x)
+    i = chosen(u < prob, x)
+    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
 
 
 # same as simsiam.py
@@ -1295,7 +1275,33 @@ def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
                         "than 1 %: mend or remove the files named above")
 
 
-# ------------------------------------------------------------------------------------- kNN monitor
+# ----------------------------------------------------------------------------------------- monitors
+
+
+# same as simsiam.py
+@torch.no_grad()
+def feature_std(z: Tensor) -> float:
+    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
+
+    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
+    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
+
+
+# same as simsiam.py
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
+
+    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
+    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
+    """
+    z = z.double() - z.double().mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
+    share = torch.linalg.eigvalsh(gram).clamp(min=0)
+    share = share / share.sum().clamp(min=1e-300)
+    return torch.special.entr(share).sum().exp().item()
 
 
 # same as simsiam.py
@@ -1735,7 +1741,64 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ------------------------------------------------------------------------- linear evaluation, embed
+# ------------------------------------------------------------------------------------------- stages
+
+
+def pretrain(args) -> None:
+    """Stage 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
+        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
+                        f"image's own would be among its negatives; {args.data} has "
+                        f"{len(data.train)} images")
+    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
+                   len(data.classes) if data.val else 0)
+    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
+    if whole:  # all but the online classifier, which always starts anew
+        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
+        args.initial.state = state | {n: x for n, x in model.state_dict().items()
+                                      if n.startswith("online.")}
+    net = prepare(model, args)
+    if args.queue and args.initial and not whole:
+        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
+        model.key_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
+        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
+    say_schedule(args, len(data.train))
+
+    def step(batch, epoch):
+        x = augment(batch.crops, batch.colours, args)
+        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
+        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
+        return loss, (z1, z2, logits, labels)
+
+    @torch.no_grad()
+    def monitor(seen):
+        z1, z2, logits, labels = seen
+        guess, positive = contrast_logits(z1, z2, 1.0)
+        # Of how many anchors the positive is the nearest candidate, and of how many views with a
+        # known label the online classifier is right.
+        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
+        if logits is not None:
+            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
+        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
+        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
+        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        return {"std": feature_std(z), "rank": effective_rank(z),
+                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
+
+    @torch.no_grad()
+    def evaluate(epoch):
+        result = knn_monitor(model.encoder, data, epoch, args)
+        if result and epoch:
+            h, shown = features(model.encoder, data.val, args)
+            result["online_top1"] = top1(model.online(h), data.val, shown)
+        return result
+
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
 
 
 # same as byol.py
@@ -1900,63 +1963,6 @@ def whole_encoder(args) -> nn.Module:
     if args.arch.startswith("vit"):
         encoder.patch_embed.proj.requires_grad_(True)
     return encoder
-
-
-def pretrain(args) -> None:
-    """Stage 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
-        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
-                        f"image's own would be among its negatives; {args.data} has "
-                        f"{len(data.train)} images")
-    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
-                   len(data.classes) if data.val else 0)
-    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
-    if whole:  # all but the online classifier, which always starts anew
-        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
-        args.initial.state = state | {n: x for n, x in model.state_dict().items()
-                                      if n.startswith("online.")}
-    net = prepare(model, args)
-    if args.queue and args.initial and not whole:
-        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
-        model.key_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
-        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
-    say_schedule(args, len(data.train))
-
-    def step(batch, epoch):
-        x = augment(batch.crops, batch.colours, args)
-        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
-        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
-        return loss, (z1, z2, logits, labels)
-
-    @torch.no_grad()
-    def monitor(seen):
-        z1, z2, logits, labels = seen
-        guess, positive = contrast_logits(z1, z2, 1.0)
-        # Of how many anchors the positive is the nearest candidate, and of how many views with a
-        # known label the online classifier is right.
-        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
-        if logits is not None:
-            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
-        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
-        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
-        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z),
-                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        result = knn_monitor(model.encoder, data, epoch, args)
-        if result and epoch:
-            h, shown = features(model.encoder, data.val, args)
-            result["online_top1"] = top1(model.online(h), data.val, shown)
-        return result
-
-    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
-    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
 
 
 def supervise(args) -> None:

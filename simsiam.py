@@ -291,31 +291,10 @@ def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, args):
     optimizer.step()
     return loss.detach(), z1.detach()
 
-
-def pretrain(args) -> None:
-    """Algorithm 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    model = SimSiam(build_encoder(args), args.dim, args.predictor_dim, args.hidden_dim,
-                    args.projector_layers, args.bn, args.predictor)
-    net = prepare(model, args)
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-
-    def step(batch, epoch):
-        x1, x2 = augment(batch.crops, batch.colours, args).chunk(2)
-        return train_step(net, optimizer, x1, x2, epoch, args)
-
-    def monitor(z):
-        z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z)}
-
-    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
-    fit(args, run, data, model, optimizer, step, monitor, views=2,
-        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
-
 # ==================================================================================================
 # Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop, probe.
+# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop; and, at the
+# end, the stages, which call what stands above.
 # ==================================================================================================
 
 # ------------------------------------------------------------------------------------ command line
@@ -680,14 +659,20 @@ def gray(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1]."""
+    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
+
+    Without torch.where and %, which cost a CPU as much as all else in the augmentation: sorting
+    the channels by minima and maxima tells the hue's sector from two comparisons.
+    """
     r, g, b = x.unbind(dim=1)
-    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
-    c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c,
-                                                           4 + (r - g) / c))  # in sixths
+    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
+    sector = sector - (2 + 2 * sector) * (r < high).to(x)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
     hue = (hue + 6 * shift[:, 0])[:, None]
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = k - 6 * (k / 6).floor()
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -714,14 +699,14 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     for place in range(4):
         for k, operation in enumerate(COLOUR_OPERATIONS):
             i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x[i] = operation(x[i], factor[i, k])
+            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
     return x
 
 
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    mask = (u < prob).to(x.device, non_blocking=True)
-    return torch.where(mask[:, None, None, None], gray(x), x)
+    i = chosen(u < prob, x)
+    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
 
 
 def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
@@ -974,7 +959,7 @@ def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
                         "than 1 %: mend or remove the files named above")
 
 
-# ------------------------------------------------------------------------------------- kNN monitor
+# ----------------------------------------------------------------------------------------- monitors
 
 
 @torch.no_grad()
@@ -1410,7 +1395,29 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ------------------------------------------------------------------------- linear evaluation, embed
+# ------------------------------------------------------------------------------------------- stages
+
+
+def pretrain(args) -> None:
+    """Algorithm 1 over the whole data, with its monitors."""
+    data = load_data(args)
+    model = SimSiam(build_encoder(args), args.dim, args.predictor_dim, args.hidden_dim,
+                    args.projector_layers, args.bn, args.predictor)
+    net = prepare(model, args)
+    optimizer = build_optimizer(model, args)
+    run = Run(args, data)
+
+    def step(batch, epoch):
+        x1, x2 = augment(batch.crops, batch.colours, args).chunk(2)
+        return train_step(net, optimizer, x1, x2, epoch, args)
+
+    def monitor(z):
+        z = all_gather(z)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
+        return {"std": feature_std(z), "rank": effective_rank(z)}
+
+    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
+    fit(args, run, data, model, optimizer, step, monitor, views=2,
+        evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args))
 
 
 class LinearProbe(nn.Module):

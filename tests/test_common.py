@@ -4,6 +4,7 @@ Synchronised batch norm: W = 1, 2 and 4 gloo processes, started once for all cas
 process with torch.nn.BatchNorm on the whole batch, in float64.
 """
 import copy
+import functools
 import io
 import math
 import random
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
+import common
 from common import LARS, SyncBatchNorm, demo_images, resnet, synchronize_batch_norm
 from conftest import ROOT, on_ranks
 from helpers import count
@@ -285,6 +287,23 @@ def test_both_places_of_the_learning_rate_agree_until_it_changes():
         a, b = (run_lars(WEIGHTS, GRADIENTS, lrs, **options) for options in both)
         assert (distance(a, b) < 1e-12) is same
     assert distance(a, b) > 1e-3
+
+
+def test_large_tensors_are_updated_apart_on_a_cpu_and_all_at_once_on_other_devices():
+    sizes = [3, 2, 9, 4, 1, 30]
+    for device, expected in (("cpu", [[3, 2], [9], [4, 1], [30]]), ("meta", [sizes])):
+        parts = common.in_cache([torch.empty(n, device=device) for n in sizes], size=8)
+        assert [[len(x) for x in part] for part in parts] == expected
+    assert common.in_cache([]) == []
+
+
+def test_lars_in_pieces_is_lars_of_the_whole(monkeypatch):
+    pieces = run_lars(WEIGHTS, GRADIENTS, LRS, weight_decay=0.1)
+    for size in (1, 10**9):
+        monkeypatch.setattr(common, "in_cache", functools.partial(common.in_cache, size=size))
+        again = run_lars(WEIGHTS, GRADIENTS, LRS, weight_decay=0.1)
+        assert all(map(torch.equal, again, pieces))
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("lr_in_momentum, expected", [(False, [[2.28, -1.96]]),

@@ -96,13 +96,13 @@ def test_a_second_run_on_the_same_folder_is_refused(photos, tmp_path):
 @pytest.mark.parametrize("data", ["demo", "photos"])
 def test_two_processes_are_the_same_run_as_one(data, photos, tmp_path):
     args = ["--data", photos if data == "photos" else data, *TINY, "--image-size", "32",
-            "--batch-size", "40", "--epochs", "20", "--steps", "10", "--log-every", "1",
+            "--batch-size", "40", "--epochs", "20", "--steps", "20", "--log-every", "1",
             "--precision", "fp64", "--keep-every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     start_again(0, *args, "--out", one)
     start_again(2, *args, "--out", two)
     a, b = losses(one), losses(two)
-    assert len(a) == 10
+    assert len(a) == 20
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     # The momentum holds every gradient: after the first step (40 photos are one epoch, whose end is
     # kept) it is the gradient plus the weight decay, after the last all of them.
