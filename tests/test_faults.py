@@ -19,8 +19,8 @@ from conftest import ROOT, TINY, Forked, finish, records, run, send, weights
 
 import simsiam
 
-LONG = [*TINY, "--image-size", "16", "--batch-size", "8", "--epochs", "10", "--log-every", "1"]
-# 48 images: 6 steps an epoch, 60 in all, and a checkpoint at each epoch's end.
+LONG = [*TINY, "--image-size", "16", "--batch-size", "8", "--epochs", "5", "--log-every", "1"]
+# 48 images: 6 steps an epoch, 30 in all, and a checkpoint at each epoch's end.
 
 
 def assert_same_run(a, b):
