@@ -2,14 +2,22 @@
 
 Both sides of a ratio run in turn, a few times; the medians count. Without --photos (a tree of
 photographs, such as a few hundred from ImageNet) the loader reads generated 500 x 375 JPEGs.
+
+The parts `peer` and `peer_knn` need lightly (`pip install lightly`), which the project does not.
+`side_by_side` is the table of all five scripts; `--cifar FOLDER` gives it CIFAR-10 as a folder, with
+train/ and val/, in place of the built-in images.
 """
 
 import argparse
+import collections
 import contextlib
+import copy
+import importlib
 import io
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -169,22 +177,287 @@ def precision() -> None:
     compare(f"step, ResNet-18, width 1, batch 64, {kind}", "images/s", repeats=2, **rates)
 
 
-def loop_against_bare_step() -> None:
-    flags = ["--recipe", "cifar", "--width", "0.25", "--batch-size", "128"]
-    args = arguments(*flags)
+class Watch:
+    """One training run of a script, or, if it is to be split, a clock around each part of it.
 
-    def loop():
-        with tempfile.TemporaryDirectory() as out:
+    Counts from the entry into the step `SKIP` to that into the last one, whole iterations; the last
+    call of train_step is kept, to be repeated as the bare step: same network, same tensors, no data.
+    """
+
+    SKIP = 3  # steps that warm up
+
+    def __init__(self, script, flags: list[str], split: bool = False):
+        self.script, self.device = script, torch.device("cpu")
+        self.seconds, self.calls, self.undo = collections.Counter(), 0, []
+        if split:
+            for name, part in (("augment", "augment"), ("update_ema", "EMA")):
+                if hasattr(script, name):
+                    self.patch(script, name, self.clock(part, getattr(script, name)))
+            self.patch(torch.Tensor, "backward", self.clock("backward", torch.Tensor.backward))
+            self.patch(script, "prepare", self.inner(script.prepare, "forward", "forward"))
+            self.patch(script, "build_optimizer",
+                       self.inner(script.build_optimizer, "step", "optimiser"))
+            self.patch(script, "batches", self.timed_batches(script.batches))
+        self.patch(script, "train_step", self.watched(script.train_step))
+        try:
+            with tempfile.TemporaryDirectory() as out:
+                with contextlib.redirect_stdout(io.StringIO()) as said:
+                    assert script.main([*flags, "--out", out]) == 0, said.getvalue()
+                self.log = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+        finally:
+            for target, name, value in reversed(self.undo):
+                setattr(target, name, value)
+
+    def patch(self, target, name, value):
+        self.undo.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def clock(self, part, function):
+        def timed(*args, **kwargs):
+            began = self.now()
+            result = function(*args, **kwargs)
+            self.seconds[part] += self.now() - began
+            return result
+        return timed
+
+    def inner(self, build, name, part):
+        """What `build` returns, with a clock around its method `name`."""
+        def built(*args, **kwargs):
+            result = build(*args, **kwargs)
+            setattr(result, name, self.clock(part, getattr(result, name)))
+            return result
+        return built
+
+    def timed_batches(self, batches):
+        def stream(*args, **kwargs):
+            following = self.clock("data", batches(*args, **kwargs).__next__)
+            for _ in range(args[3] - args[2]):
+                yield following()
+        return stream
+
+    def watched(self, train_step):
+        timed = self.clock("step", train_step)
+
+        def watching(*args, **kwargs):
+            self.device = args[2].device
+            if self.calls == self.SKIP:
+                self.seconds.clear()
+                self.began = self.now()
+            self.calls += 1
+            self.total, self.split = self.now() - getattr(self, "began", 0), dict(self.seconds)
+            self.bare = lambda: train_step(*args, **kwargs)
+            return timed(*args, **kwargs)
+        return watching
+
+    def steps(self) -> int:
+        return self.calls - 1 - self.SKIP
+
+    def bare_seconds(self, steps: int = 15) -> float:
+        self.bare()
+        began = self.now()
+        for _ in range(steps):
+            self.bare()
+        return (self.now() - began) / steps
+
+
+SCRIPTS = ("simsiam", "moco_v3", "byol", "dcl", "simclr_v2")
+COLUMNS = ("images/s", "of bare step", "data", "augment", "forward", "backward", "optimiser", "EMA",
+           "rest of step", "rest of loop", "GB")
+
+
+def side_by_side_row(name: str, width: float, batch: int, data: str, device: str) -> dict:
+    """One row of the table, in a process of its own, so that its memory is its own."""
+    flags = ["--data", data, "--recipe", "cifar", "--arch", "resnet18", "--width", str(width),
+             "--batch-size", str(batch), "--knn-every", "0", "--steps", "31", "--log-every", "25",
+             "--device", device]
+    flags[3] = "cifar-resnet" if name == "moco_v3" else "cifar"
+    script, loops, bares = importlib.import_module(name), [], []
+    for _ in range(3):
+        run = Watch(script, flags)
+        loops.append(run.total / run.steps())
+        bares.append(run.bare_seconds())
+    memory = max(line["memory_gb"] for line in run.log if "step" in line)
+    loop, bare = statistics.median(loops), statistics.median(bares)
+    run = Watch(script, flags, split=True)
+    ms = {part: 1000 * seconds / run.steps() for part, seconds in run.split.items()}
+    step, total = ms.pop("step"), 1000 * run.total / run.steps()
+    inside = sum(ms.get(part, 0) for part in ("forward", "backward", "optimiser", "EMA"))
+    return {"images/s": round(batch / loop, 1), "of bare step": round(bare / loop, 3),
+            **{part: round(x, 1) for part, x in ms.items()}, "rest of step": round(step - inside, 1),
+            "rest of loop": round(total - step - ms["data"] - ms["augment"], 1), "GB": memory}
+
+
+def side_by_side(options) -> None:
+    """All five scripts with the same network, images and batch, each with its own recipe."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        width, batch = (0.25, 128) if device == "cpu" else (1.0, 512 if options.cifar else 128)
+        width, batch = options.width or width, options.batch or batch
+        print(f"ResNet-18, width {width:g}, batch {batch}, 32 px, {device}; ms a step, one step in 27 "
+              "logged\n| script | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+        for name in SCRIPTS:
+            row = json.loads(subprocess.run(
+                [sys.executable, __file__, "--row", name, str(width), str(batch),
+                 options.cifar or "demo", device], check=True, capture_output=True,
+                text=True).stdout.splitlines()[-1])
+            print(f"| {name}.py | " + " | ".join(str(row.get(c, "")) for c in COLUMNS) + " |",
+                  flush=True)
+
+
+# The peer's settings: lightly's docs/source/getting_started/benchmarks/cifar10_benchmark.py (batch
+# 128: lr 0.06, SGD, momentum 0.9, weight decay 5e-4, SimCLR's crops and colours without blur, PIL,
+# float32), as flags of ours. Its BYOL loss is a quarter of the paper's sum, so that lr is too.
+PEER_FLAGS = ["--recipe", "cifar", "--batch-size", "128", "--base-lr", "0.12", "--momentum", "0.9",
+              "--weight-decay", "5e-4", "--warmup-epochs", "0", "--crop-min", "0.08", "--jitter",
+              "0.4", "0.4", "0.4", "0.1", "--jitter-prob", "0.8", "--gray-prob", "0.2",
+              "--no-zero-init-residual", "--knn-every", "0", "--device", "cpu"]
+CONTRAST = ["--hidden-dim", "512", "--dim", "128"]
+PEERS = {
+    "SimSiam": ("simsiam", ["--predictor-lr", "decay"]),
+    "BYOL": ("byol", ["--optimizer", "sgd", "--base-lr", "0.03", "--hidden-dim", "1024",
+                      "--base-tau", "0.99", "--tau-schedule", "constant", "--blur-prob", "0", "0",
+                      "--solarize-prob", "0", "0"]),
+    "SimCLR": ("dcl", ["--loss", "infonce", "--temperature", "0.5", *CONTRAST]),
+    "DCL": ("dcl", ["--loss", "dcl", "--temperature", "0.1", *CONTRAST]),
+}
+
+
+class Peer(torch.nn.Module):
+    """One of lightly's methods from its own modules, losses and transforms, in a plain loop (its
+    benchmark has PyTorch Lightning around it, which costs it a little more)."""
+
+    def __init__(self, method: str, width: float):
+        super().__init__()
+        from lightly import loss, models
+        from lightly.models.modules import heads
+        nn = torch.nn
+        resnet = models.ResNetGenerator("resnet-18", width=width)
+        self.backbone = nn.Sequential(*[*resnet.children()][:-1], nn.AdaptiveAvgPool2d(1),
+                                      nn.Flatten())
+        dim, self.method, self.target = int(512 * width), method, None
+        self.head, self.predictor = heads.SimCLRProjectionHead(dim, 512, 128), nn.Identity()
+        self.criterion = {"SimCLR": loss.NTXentLoss, "DCL": loss.DCLLoss}.get(
+            method, loss.NegativeCosineSimilarity)()
+        if method == "SimSiam":
+            self.head = heads.ProjectionHead([(dim, 2048, nn.BatchNorm1d(2048), nn.ReLU(True)),
+                                              (2048, 2048, nn.BatchNorm1d(2048), None)])
+            self.predictor = heads.SimSiamPredictionHead(2048, 512, 2048)
+        if method == "BYOL":
+            self.head = heads.BYOLProjectionHead(dim, 1024, 256)
+            self.predictor = heads.BYOLPredictionHead(256, 1024, 256)
+            self.target = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False)
+
+    def step(self, optimizer, views) -> None:
+        from lightly.models.utils import update_momentum
+        z = [self.head(self.backbone(x)) for x in views]
+        p = [self.predictor(x) for x in z]
+        if self.target is not None:
+            update_momentum(self.backbone, self.target[0], m=0.99)
+            update_momentum(self.head, self.target[1], m=0.99)
+            z = [self.target(x) for x in views]
+        if self.method in ("SimSiam", "BYOL"):
+            loss = 0.5 * (self.criterion(p[0], z[1].detach()) + self.criterion(p[1], z[0].detach()))
+        else:
+            loss = self.criterion(*z)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peer_training(method: str, width: float, images: Dataset, steps: int):
+    """Trains lightly's method for so many steps of 128; returns it and images/s after the third."""
+    torch.manual_seed(0)
+    model = Peer(method, width)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06,
+                                momentum=0.9, weight_decay=5e-4)
+    per_epoch = len(images) // 128
+    epochs = -(-steps // per_epoch)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    loader = DataLoader(images, 128, shuffle=True, drop_last=True, num_workers=2,
+                        persistent_workers=True)
+    done, began = 0, time.perf_counter()
+    for _ in range(epochs):
+        for views in loader:
+            model.step(optimizer, views[:2])
+            done += 1
+            if done == min(3, steps):
+                warm = time.perf_counter()
+            if done == steps:
+                end = time.perf_counter()
+                return model, 128 * (steps - 3) / max(1e-9, end - warm), end - began
+        scheduler.step()
+
+
+def peer_images(options) -> Dataset:
+    """The images in memory as PIL's, which spares the peer its decoding, with its transform."""
+    from lightly.transforms import SimCLRTransform
+    transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
+    if options.cifar:
+        images = simsiam.load_pixels(simsiam.find_images(os.path.join(options.cifar, "train")),
+                                     arguments("--workers", "2"))
+        return PilImages(images.pixels, transform)
+    return PilImages(common.demo_images(4000, 0)[0], transform)
+
+
+def peer(options) -> None:
+    """images/s of both loops, in turn: the same network, images, batch and settings."""
+    width, images = options.width or 1.0, peer_images(options)
+    for method in options.methods:
+        name, extra = PEERS[method]
+        flags = [*PEER_FLAGS, *extra, "--width", str(width), "--data", options.cifar or "demo",
+                 "--steps", "13", "--log-every", "10"]
+
+        def ours():
+            run = Watch(importlib.import_module(name), flags)
+            return 128 * run.steps() / run.total
+
+        compare(f"{method}, ResNet-18, width {width:g}, batch 128", "images/s",
+                options.repeats, ours=ours, lightly=lambda: peer_training(method, width, images, 12)[1])
+
+
+def peer_knn(options) -> None:
+    """kNN accuracy that each reaches in `--minutes` of wall time, in turn; --cifar FOLDER, please.
+
+    Each is given the steps that its own speed, measured just before, allows, and a schedule of that
+    length. Ours is the whole program, from reading the images to the last checkpoint; the peer's
+    time begins with its first batch. One function judges both: simsiam.py's kNN.
+    """
+    width, budget, images = options.width or 1.0, 60 * options.minutes, peer_images(options)
+    data_flags = ["--data", options.cifar or "demo", "--width", str(width)]
+    for method in options.methods:
+        name, extra = PEERS[method]
+        script = importlib.import_module(name)
+        args = arguments(*PEER_FLAGS, *extra, *data_flags, "--epochs", "1", script=script)
+        args.knn_every, per_epoch = 1, len(images) // 128
+
+        def knn(encoder, args=args, script=script):
             with contextlib.redirect_stdout(io.StringIO()):
-                assert simsiam.main([*flags, "--data", "demo", "--knn-every", "0", "--steps", "23",
-                                     "--log-every", "2", "--device", "cpu", "--epochs", "50",
-                                     "--out", out]) == 0
-            lines = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-        # Steps 3 to 22, of which every second computes the monitors and is logged.
-        return 20 / sum(2 / line["images_per_s"] for line in lines if line.get("step", 0) > 3)
+                return 100 * script.knn_monitor(encoder, script.load_data(args), 1, args)["knn"]
 
-    compare("loop against bare step, ResNet-18, width 0.25, batch 128", "images/s", repeats=5,
-            loop=loop, bare_step=lambda: step_rate(args, 128, 20))
+        untrained = script.build_encoder(args)
+        run = Watch(script, [*PEER_FLAGS, *extra, *data_flags, "--steps", "12"])
+        rate = {"ours": 128 * run.steps() / run.total,
+                "lightly": peer_training(method, width, images, 12)[1]}
+        epochs = max(1, int(0.97 * budget * rate["ours"] / 128 / per_epoch))  # 3 %: saving, reading
+        with tempfile.TemporaryDirectory() as out:
+            began = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert script.main([*PEER_FLAGS, *extra, *data_flags, "--epochs", str(epochs),
+                                    "--out", out]) == 0
+            seconds = time.perf_counter() - began
+            encoder = script.build_encoder(args)
+            encoder.load_state_dict(torch.load(os.path.join(out, "encoder.pt")))
+        print(f"{method}, width {width:g}: untrained {knn(untrained):.1f} %; ours {knn(encoder):.1f} % "
+              f"after {epochs * per_epoch} steps, {seconds:.0f} s;", end=" ", flush=True)
+        model, _, seconds = peer_training(method, width, images,
+                                          max(1, int(budget * rate["lightly"] / 128)))
+        print(f"lightly {knn(model.backbone):.1f} % after {int(budget * rate['lightly'] / 128)} steps, "
+              f"{seconds:.0f} s", flush=True)
 
 
 class LoopLARS(torch.optim.Optimizer):
@@ -307,20 +580,35 @@ def vit_small_step() -> None:
 def main() -> None:
     torch.set_num_threads(os.cpu_count())  # conftest.py takes one
     parts = {function.__name__: function for function in (
-        augmentation_at_32_px, folder_loader, loop_against_bare_step, lars, lamb_and_ema, precision,
+        side_by_side, peer, peer_knn, augmentation_at_32_px, folder_loader, lars, lamb_and_ema, precision,
         vit_small_step)}
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="a tree of photographs")
-    parser.add_argument("--only", nargs="+", choices=parts, default=[*parts], help="default: all")
-    args = parser.parse_args()
+    parser.add_argument("--cifar", help="CIFAR-10 as train/ and val/ with a folder per class")
+    parser.add_argument("--width", type=float, help="of side_by_side's ResNet-18")
+    parser.add_argument("--batch", type=int, help="of side_by_side")
+    parser.add_argument("--repeats", type=int, default=2, help="of peer")
+    parser.add_argument("--methods", nargs="+", choices=PEERS, default=[*PEERS], help="of the peer")
+    parser.add_argument("--minutes", type=float, default=5, help="of peer_knn, a side and a method")
+    parser.add_argument("--only", nargs="+", choices=parts, help="default: all but the peer",
+                        default=[name for name in parts if not name.startswith("peer")])
+    parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)  # side_by_side calls itself
+    options = parser.parse_args()
+    if options.row:
+        name, width, batch, data, device = options.row
+        print(json.dumps(side_by_side_row(name, float(width), int(batch), data, device)))
+        return
     print(f"{simsiam.cpu_info('model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}", flush=True)
-    for name in args.only:
+    for name in options.only:
         if name == "folder_loader":
             with tempfile.TemporaryDirectory() as folder:
-                if args.photos is None:
+                if options.photos is None:
                     write_images(Path(folder), 60, size=(375, 500))
-                folder_loader(args.photos or folder)
+                folder_loader(options.photos or folder)
+        elif name in ("side_by_side", "peer", "peer_knn"):
+            parts[name](options)
         else:
             parts[name]()
 
