@@ -36,6 +36,11 @@ def furthest(a, b):
     return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
+def same(a, b):
+    """Equal to the bit, tensor by tensor."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def uniform(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 

@@ -8,6 +8,7 @@ import torch
 from conftest import (
     assert_close_runs, assert_one_sentence, assert_same_weights, kill_at_step, losses, program,
     records, run, weights, write_images)
+from helpers import same
 
 import byol
 
@@ -151,7 +152,8 @@ def test_every_flag_of_pretraining_changes_the_run(classes, tmp_path):
 
 def test_the_monitors_take_their_flags_and_the_online_projections(classes, tmp_path, monkeypatch):
     asked, seen, plain = [], [], byol.feature_std
-    monkeypatch.setattr(byol, "knn_accuracy", lambda *x: asked.append(x[4:]) or 0.5)
+    monkeypatch.setattr(byol, "knn_accuracy", lambda bank, there, queries, here, k, temperature:
+                        asked.append((k, temperature)) or 0.5)
     monkeypatch.setattr(byol, "feature_std", lambda z: seen.append(z) or plain(z))
     assert main("--data", classes, *SMALL, "--knn-every", 1, "--knn-k", 7, "--knn-temperature", 0.3,
                 "--steps", 1, "--out", tmp_path) == 0

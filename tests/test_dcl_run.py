@@ -195,7 +195,8 @@ def test_linear_evaluation_takes_its_flags(trained, classes, tmp_path, monkeypat
 def test_flags_of_the_machinery_reach_it(classes, photos, tmp_path, monkeypatch):
     votes, saved, compiled, workers = [], [], [], []
     accuracy, save, loader = dcl.knn_accuracy, dcl.Run.save, dcl.DataLoader
-    monkeypatch.setattr(dcl, "knn_accuracy", lambda *a: (votes.append(a[4:]), accuracy(*a))[1])
+    monkeypatch.setattr(dcl, "knn_accuracy", lambda bank, there, queries, here, k, temperature: (
+        votes.append((k, temperature)), accuracy(bank, there, queries, here, k, temperature))[1])
     monkeypatch.setattr(dcl.Run, "save", lambda *a, **state: (
         saved.append(state["step"]), save(*a, **state)))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net))

@@ -13,9 +13,8 @@ import sys
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, Forked, finish, records, run, send, weights
+from conftest import ROOT, TINY, assert_same_weights, finish, records, run, send, start
 
 import simsiam
 
@@ -25,8 +24,7 @@ LONG = [*TINY, "--image-size", "16", "--batch-size", "8", "--epochs", "5", "--lo
 
 def assert_same_run(a, b):
     assert [(x["step"], x["loss"]) for x in records(a)] == [(x["step"], x["loss"]) for x in records(b)]
-    for (name, x), y in zip(weights(a).items(), weights(b).values(), strict=True):
-        assert torch.equal(x, y), name
+    assert_same_weights(a, b)
 
 
 def last_step(out) -> int:
@@ -78,10 +76,10 @@ def test_ranks_that_torchrun_starts_again_meet_each_other_and_not_the_dead(
     """torchrun's store outlives the ranks and holds the addresses of the dead. TORCHELASTIC_RESTART_COUNT
     stays 0 on a host whose ranks are started again because another host's died."""
     def rank(r):
-        return Forked("simsiam.py", ["--data", str(classes), *LONG, *fresh, "--out", str(tmp_path)], {
-            "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store_port), "OMP_NUM_THREADS": "1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"})
+        return start("simsiam.py", "--data", classes, *LONG, *fresh, "--out", tmp_path, fork=True,
+                     RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store_port),
+                     TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")[0]
 
     running = [rank(0), rank(1)]
     wait_until(lambda: last_step(tmp_path) >= 8, *running)
@@ -151,7 +149,7 @@ def test_killed_at_random_moments_and_started_again_ends_with_the_same_bits(scri
     out = tmp_path / "killed"
 
     def begin(out):
-        return Forked(script, [*map(str, ["--data", classes, *args, "--out", out])], {})
+        return start(script, "--data", classes, *args, "--out", out, fork=True)[0]
 
     began = time.time()
     codes, output = finish([begin(tmp_path / "whole")], timeout=600)

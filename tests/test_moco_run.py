@@ -272,7 +272,8 @@ def test_no_flag_is_without_a_test():
 
 def test_knn_flags_reach_both_curves(classes, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(moco_v3, "knn_accuracy", lambda *args: seen.append(args[4:]) or 0.5)
+    monkeypatch.setattr(moco_v3, "knn_accuracy", lambda bank, there, queries, here, k, temperature:
+                        seen.append((k, temperature)) or 0.5)
     assert main("--data", classes, "--recipe", "demo", *SMALL, "--batch-size", 40, "--steps", 4,
                 "--knn-every", 1, "--knn-every-steps", 2, "--knn-k", 1, "--knn-temperature", 0.3,
                 "--out", tmp_path) == 0

@@ -8,6 +8,7 @@ import torch
 from conftest import (
     assert_close_runs, assert_one_sentence, assert_same_weights, kill_at_step, losses, program,
     records, run, weights)
+from helpers import same
 
 import simclr_v2
 

@@ -290,7 +290,8 @@ def test_crop_min_and_workers_reach_the_crops(stage, classes, pretrained, tmp_pa
 
 
 def test_the_knn_monitor_takes_its_k_and_temperature(classes, tmp_path, monkeypatch):
-    asked = recorded(monkeypatch, simsiam, "knn_accuracy", lambda *a: a[4:])
+    asked = recorded(monkeypatch, simsiam, "knn_accuracy", lambda *a, k, temperature:
+                     (k, temperature))
     assert main(*TINY, "--data", classes, "--image-size", 16, "--steps", 1, "--out", tmp_path,
                 "--knn-every", 1, "--knn-k", 7, "--knn-temperature", 0.3) == 0
     assert asked == [(7, 0.3)]
