@@ -118,7 +118,7 @@ PRETRAIN = {
     "warmup_epochs":      (10.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),
     "momentum":           (0.9,) * 7,          # of LARS and SGD
     "weight_decay":       (1.5e-6, 1e-6, 1e-6, 1e-6, 0.03, 1e-6, 1e-6),
-    "base_tau":           (0.996, 0.99, 0.99, 0.97, 0.99, 0.996, 0.9),  # at the start. Of a batch B:
+    "base_tau":           (0.996, 0.99, 0.99, 0.97, 0.99, 0.996, 0.9),  # at first. Of a batch B:
     #                    tau ** (B / batch_size), App. G's at 512. Rule: arXiv:2307.13813 (recalled)
     "precision":          ("auto",) * 7,       # auto: bf16 where native, else fp32: ours
     # ---------------- augmentation, a pair for the views v and v' (App. B, Table 6)
@@ -535,7 +535,7 @@ def world_size() -> int:
 
 # same as simsiam.py
 def join_processes(backend: str) -> bool:
-    """dist.init_process_group; returns whether torchrun has started this run before.
+    """dist.init_process_group; on rank 0, whether torchrun has started this run before.
 
     Its store outlives the processes (torch 2.14) and holds the addresses of dead ones, which
     new ones would call: so each asks rank 0 by a fresh name and is told this start's prefix.
@@ -549,11 +549,12 @@ def join_processes(backend: str) -> bool:
     else:
         again = store.add("starts", 1) > 1
         while not all([store.check([f"{start}{r}"]) for r in range(1, world)]):
-            for r in range(1, world):
-                if store.check([f"asks{r}"]):  # it may be a dead one's question: until all have heard
-                    store.set(store.get(f"asks{r}").decode(), start)
+            for asks in (f"asks{r}" for r in range(1, world)):
+                if store.check([asks]):  # perhaps a dead one's question: so until all have heard
+                    store.set(store.get(asks).decode(), start)
             time.sleep(0.05)
-    dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=me, world_size=world)
+    mine = dist.PrefixStore(start, store)
+    dist.init_process_group(backend, store=mine, rank=me, world_size=world)
     return me == 0 and again
 
 
@@ -1756,8 +1757,8 @@ def classify(args) -> None:
     say("protocol: " + ("linear classifier on the frozen encoder (eval mode)" if frozen else
                         "classifier and whole encoder, evaluated every --knn-every epochs")
         + f", SGD, Nesterov momentum {args.momentum:g}, lr {args.base_lr:g} x {args.batch_size} / "
-        f"256 = {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and flips; "
-        f"top-1 of the last epoch on {len(data.val)} val images")
+        f"256 = {lr:g}, {args.epochs} epochs of {len(data.train)} labelled images, crops and "
+        f"flips; top-1 of the last epoch on {len(data.val)} val images")
     run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
     fixed = []  # a frozen encoder's features of the val images: taken once
 

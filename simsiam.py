@@ -416,7 +416,7 @@ def world_size() -> int:
 
 
 def join_processes(backend: str) -> bool:
-    """dist.init_process_group; returns whether torchrun has started this run before.
+    """dist.init_process_group; on rank 0, whether torchrun has started this run before.
 
     Its store outlives the processes (torch 2.14) and holds the addresses of dead ones, which
     new ones would call: so each asks rank 0 by a fresh name and is told this start's prefix.
@@ -430,11 +430,12 @@ def join_processes(backend: str) -> bool:
     else:
         again = store.add("starts", 1) > 1
         while not all([store.check([f"{start}{r}"]) for r in range(1, world)]):
-            for r in range(1, world):
-                if store.check([f"asks{r}"]):  # it may be a dead one's question: until all have heard
-                    store.set(store.get(f"asks{r}").decode(), start)
+            for asks in (f"asks{r}" for r in range(1, world)):
+                if store.check([asks]):  # perhaps a dead one's question: so until all have heard
+                    store.set(store.get(asks).decode(), start)
             time.sleep(0.05)
-    dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=me, world_size=world)
+    mine = dist.PrefixStore(start, store)
+    dist.init_process_group(backend, store=mine, rank=me, world_size=world)
     return me == 0 and again
 
 
