@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,8 +111,15 @@ def augmentation_at_32_px() -> None:
     compare("augmentation, 32 px, two cores", "views/s", ours=ours, pil_two_workers=theirs)
 
 
-def folder_loader(photos: str) -> None:
+def folder_loader(options) -> None:
     """One core each: what a loader process does, and then what is left for the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        if options.photos is None:
+            write_images(Path(folder), 60, size=(375, 500))
+        compare_loaders(options.photos or folder)
+
+
+def compare_loaders(photos: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     args = arguments("--recipe", "imagenet", "--batch-size", "32", "--data", photos)
@@ -460,6 +468,47 @@ def peer_knn(options) -> None:
               f"{seconds:.0f} s", flush=True)
 
 
+BESIDE = """
+import statistics, sys, time
+sys.path.insert(0, ".")
+import byol, common, simsiam, torch
+
+def ms(function):
+    seconds = []
+    for _ in range(25):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds[3:])
+
+args = simsiam.parse_args(["--recipe", "cifar"])
+x, u = torch.rand(256, 3, 32, 32), simsiam.uniform((256, simsiam.COLOUR_DRAWS), "benchmark")
+print(ms(lambda: simsiam.augment(x, u, args)))
+for width in (0.25, 1.0):
+    args = byol.parse_args(["--recipe", "cifar", "--width", str(width)])
+    model = byol.BYOL(byol.build_encoder(args), args.dim, args.hidden_dim)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    print(ms(common.LARS(params, lr=0.1, weight_decay=1e-6).step))
+"""
+
+
+def beside_the_network(options) -> None:
+    """What stood out beside the network, here and in another checkout of this repository."""
+    titles = ("second stage of 256 views, 32 px", "LARS on BYOL's tensors, width 0.25",
+              "LARS on BYOL's tensors, width 1")
+    found = {"now": [], "before": []}
+    for _ in range(3):
+        for name, folder in (("now", ROOT), ("before", options.before)):
+            found[name].append(subprocess.run([sys.executable, "-c", BESIDE], cwd=folder, check=True,
+                                              capture_output=True, text=True).stdout.split())
+    for i, title in enumerate(titles):
+        now, before = (statistics.median(float(run[i]) for run in found[name]) for name in found)
+        print(f"{title}: now {now:.2f} ms, before {before:.2f} ms, ratio {before / now:.2f}",
+              flush=True)
+
+
 class LoopLARS(torch.optim.Optimizer):
     """The same arithmetic parameter by parameter, as most codes have it."""
 
@@ -559,29 +608,49 @@ def lamb_and_ema() -> None:
                 loop=lambda: rate(lambda: wait(loop), 1, seconds=2))
 
 
-def vit_small_step() -> None:
-    """MoCo v3's whole training step on random tensors: ViT-S/16 at 224 px, heads of the paper."""
+def big_networks() -> None:
+    """Whole training steps on random tensors at 224 px, with the papers' heads: images/s, and the
+    arithmetic (FlopCounterMode: matrix products and convolutions) as a share of what one large
+    product of matrices in bfloat16 reaches on the same device."""
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        batch, repeats = (8, 2) if device == "cpu" else (256, 20)
-        args = arguments("--recipe", "imagenet", "--batch-size", str(batch), "--device", device,
-                         script=moco_v3)
-        model = moco_v3.MoCoV3(moco_v3.build_encoder(args))
-        net = moco_v3.prepare(model, args)
-        optimizer = moco_v3.build_optimizer(model, args)
-        x1, x2 = torch.randn(2, batch, 3, 224, 224, device=device)
-        for i in range(repeats + 1):
-            if i == 1:  # the first one warms up
-                began = time.perf_counter()
-            moco_v3.train_step(net, optimizer, x1, x2, 0.5, 0.99, args)[0].item()
-        print(f"MoCo v3 step, ViT-S/16, 224 px, batch {batch}, {device}: "
-              f"{batch * repeats / (time.perf_counter() - began):.4g} images/s", flush=True)
+        batch, repeats, n = (8, 2, 2048) if device == "cpu" else (256, 20, 8192)
+        a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+
+        def wait(function):
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        peak = rate(lambda: wait(lambda: a @ a), 2 * n**3)
+        for title, script in (("SimSiam, ResNet-50", simsiam), ("MoCo v3, ViT-S/16", moco_v3)):
+            args = arguments("--recipe", "imagenet", "--batch-size", str(batch), "--device", device,
+                             script=script)
+            model = (simsiam.SimSiam if script is simsiam else moco_v3.MoCoV3)(
+                script.build_encoder(args))
+            net, optimizer = script.prepare(model, args), script.build_optimizer(model, args)
+            views, more = torch.randn(2, batch, 3, 224, 224, device=device), ()
+            if script is moco_v3:
+                more = (0.99,)  # the momentum of the update
+
+            def step():
+                script.train_step(net, optimizer, *views, 0.5, *more, args)[0].item()
+
+            with FlopCounterMode(display=False) as counter:  # warms up, too
+                step()
+            began = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            seconds = (time.perf_counter() - began) / repeats
+            print(f"{title}, 224 px, batch {batch}, {device}: {batch / seconds:.4g} images/s, "
+                  f"{counter.get_total_flops() / seconds / peak:.2f} of the {peak / 1e12:.3g} TFLOP/s "
+                  f"of a product of {n}", flush=True)
 
 
 def main() -> None:
     torch.set_num_threads(os.cpu_count())  # conftest.py takes one
-    parts = {function.__name__: function for function in (
-        side_by_side, peer, peer_knn, augmentation_at_32_px, folder_loader, lars, lamb_and_ema, precision,
-        vit_small_step)}
+    plain = (augmentation_at_32_px, lars, lamb_and_ema, precision, big_networks)
+    with_options = (side_by_side, folder_loader, beside_the_network, peer, peer_knn)
+    parts = {function.__name__: function for function in (*with_options, *plain)}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="a tree of photographs")
@@ -591,8 +660,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of peer")
     parser.add_argument("--methods", nargs="+", choices=PEERS, default=[*PEERS], help="of the peer")
     parser.add_argument("--minutes", type=float, default=5, help="of peer_knn, a side and a method")
-    parser.add_argument("--only", nargs="+", choices=parts, help="default: all but the peer",
-                        default=[name for name in parts if not name.startswith("peer")])
+    parser.add_argument("--only", nargs="+", choices=parts, help="default: what needs no more",
+                        default=["side_by_side", "folder_loader", *(f.__name__ for f in plain)])
+    parser.add_argument("--before", help="another checkout, for beside_the_network")
     parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)  # side_by_side calls itself
     options = parser.parse_args()
     if options.row:
@@ -602,15 +672,7 @@ def main() -> None:
     print(f"{simsiam.cpu_info('model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}", flush=True)
     for name in options.only:
-        if name == "folder_loader":
-            with tempfile.TemporaryDirectory() as folder:
-                if options.photos is None:
-                    write_images(Path(folder), 60, size=(375, 500))
-                folder_loader(options.photos or folder)
-        elif name in ("side_by_side", "peer", "peer_knn"):
-            parts[name](options)
-        else:
-            parts[name]()
+        parts[name](*[options] * (parts[name] in with_options))
 
 
 if __name__ == "__main__":
