@@ -199,7 +199,32 @@ def simclr() -> None:
     save(figure, "simclr_v2-cifar10-jpeg.png")
 
 
+FIVE = (("simclr_v2", "SimCLR v2", "tab:purple"), ("dcl", "DCL", "tab:blue"),
+        ("moco_v3", "MoCo v3", "tab:green"), ("byol", "BYOL", "tab:orange"),
+        ("simsiam", "SimSiam", "tab:red"))
+
+
+def five() -> None:
+    """kNN of the five methods on the same images with the same network and batch, and at home: on the
+    built-in images, each with its own recipe."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    for axis, place, title in zip(axes, ("five/{}.jsonl", "{}-demo.jsonl"), (
+            "CIFAR-10 JPEG, 10,000 images, ResNet-18 at width 0.25, batch 64",
+            "built-in images, each script's demo")):
+        for name, label, colour in FIVE:
+            lines = [json.loads(line) for line in (HERE / place.format(name)).read_text().splitlines()]
+            points = [(line["epoch"], 100 * line["knn"]) for line in lines if "knn" in line]
+            axis.plot(*zip(*points), "o-", markersize=3, color=colour, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("kNN accuracy, %")
+    axes[0].legend()
+    figure.tight_layout()
+    save(figure, "five.png")
+
+
 if __name__ == "__main__":
+    five()
     stability()
     training()
     collapse()
