@@ -547,7 +547,9 @@ def join_processes(backend: str) -> bool:
         store.set(f"{start}{me}", "heard")
     else:
         again = store.add("starts", 1) > 1
-        while not all([store.check([f"{start}{r}"]) for r in range(1, world)]):
+        for _ in range(36_000):  # half an hour, as torch waits; then the group's own error
+            if all([store.check([f"{start}{r}"]) for r in range(1, world)]):
+                break
             for asks in (f"asks{r}" for r in range(1, world)):
                 if store.check([asks]):  # perhaps a dead one's question: so until all have heard
                     store.set(store.get(asks).decode(), start)

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 
+import dcl
 import simsiam
 from helpers import uniform
 
@@ -330,18 +331,22 @@ def torchvision_augment(image, u, args):
     return TF.normalize(image, list(args.mean), list(args.std))
 
 
-@pytest.mark.parametrize("flags", [
+AUGMENTATIONS = [
     "--recipe imagenet", "--recipe cifar", "--recipe demo",
     "--recipe imagenet --jitter 0.1 0.2 0.3 0.05 --jitter-prob 0.5 --gray-prob 0.6 --blur-prob 0.3"
-    " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6"])
-def test_augment_equals_torchvisions_chain(flags):
-    args = simsiam.parse_args(flags.split())
+    " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6"]
+
+
+@pytest.mark.parametrize("script", [simsiam, dcl], ids=["simsiam", "dcl"])
+@pytest.mark.parametrize("flags", AUGMENTATIONS)
+def test_augment_equals_torchvisions_chain(script, flags):
+    args = script.parse_args(flags.split())
     x, u = images(48, 40), uniform(48, 12, seed=6)
     before = x.clone()
-    ours = simsiam.augment(x, u, args)
+    ours = script.augment(x, u, args)
     assert_same(ours, each(torchvision_augment, x, u, args), 5e-5)  # 1e-5 over the smallest std
     assert torch.equal(x, before)
-    assert torch.equal(ours, simsiam.augment(x, u, args))  # same draws, same result
+    assert torch.equal(ours, script.augment(x, u, args))  # same draws, same result
 
 
 def test_default_sigma_and_probabilities_are_the_papers():  # sheet 3, beside the oracle above

@@ -24,6 +24,15 @@ def differ(a, b):
     return a.keys() != b.keys() or not same(a.values(), b.values())
 
 
+def assert_each_flag_counts(result, effects):
+    """effects: flags in common -> the flags of which each, beside them, makes other weights."""
+    for common, variants in effects.items():
+        plain = result(common)
+        assert not differ(plain, result(common))
+        for flags in variants:
+            assert differ(plain, result(f"{common} {flags}")), flags
+
+
 @pytest.fixture(scope="module")
 def trained(classes, tmp_path_factory):
     """Two epochs of three steps on 48 images of three classes, 16 px."""
@@ -143,11 +152,7 @@ def test_every_flag_of_pretraining_changes_the_run(classes, tmp_path):
                     "--out", out) == 0, flags
         return weights(out)
 
-    for common, variants in EFFECTS.items():
-        plain = result(common)
-        assert not differ(plain, result(common))
-        for flags in variants:
-            assert differ(plain, result(f"{common} {flags}")), flags
+    assert_each_flag_counts(result, EFFECTS)
 
 
 def test_the_monitors_take_their_flags_and_the_online_projections(classes, tmp_path, monkeypatch):
@@ -334,11 +339,7 @@ def test_every_flag_of_the_later_stages_changes_the_run(stage, trained, classes,
             last=trained / "last.pt").split(), "--steps", 2, "--out", out) == 0, flags
         return weights(out)
 
-    for common, variants in TUNED.items():
-        plain = result(common)
-        assert not differ(plain, result(common))
-        for flags in variants:
-            assert differ(plain, result(f"{common} {flags}")), flags
+    assert_each_flag_counts(result, TUNED)
 
 
 @pytest.mark.parametrize("stage", ["linear", "finetune"])

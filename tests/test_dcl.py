@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_augmentation import assert_same, each, images, torchvision_augment, uniform
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -530,19 +529,7 @@ def test_rate_rises_linearly_then_falls_as_half_a_cosine_by_the_flags():
         assert (group["momentum"], group["weight_decay"]) == (0.7, 0.02)
 
 
-# ------------------------------------------------------------------- augmentation, network by flags
-
-
-@pytest.mark.parametrize("flags", [
-    "--recipe imagenet", "--recipe cifar", "--recipe demo",
-    "--recipe imagenet --jitter 0.1 0.2 0.3 0.05 --jitter-prob 0.5 --gray-prob 0.6 --blur-prob 0.3"
-    " --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6"])
-def test_augment_equals_torchvisions_chain(flags):
-    args = dcl.parse_args(flags.split())
-    x, u = images(48, 40), uniform(48, 12, seed=6)
-    before = x.clone()
-    assert_same(dcl.augment(x, u, args), each(torchvision_augment, x, u, args), 5e-5)
-    assert torch.equal(x, before)
+# ---------------------------------------------------------------------------------- network by flags
 
 
 NETWORK = {  # flags: a layer and its shape
