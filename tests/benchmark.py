@@ -16,6 +16,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,9 +60,36 @@ def rate(function, amount: float, seconds: float = 4.0) -> float:
 
 def arguments(*argv, script=simsiam) -> argparse.Namespace:
     args = script.parse_args([*argv])
-    args.device, args.dtype, args.initial = torch.device(args.device or "cpu"), torch.float32, None
+    args.initial = None
+    if new_form(script):
+        args = script.settle(args)
+    args.device, args.dtype = torch.device(args.device or "cpu"), torch.float32
     args.workers = args.workers or 0
     return args
+
+
+def new_form(script) -> bool:
+    """Scripts come in two forms, whose functions around the method have other names."""
+    return hasattr(script, "settle")
+
+
+def encoder_and_prepare(script, args):
+    """A new encoder, and the function that makes a model ready for training."""
+    if not new_form(script):
+        return script.build_encoder(args), script.prepare
+    args.initial = {}  # load_encoder takes it away
+    with contextlib.redirect_stdout(io.StringIO()):
+        return script.load_encoder(args), script.distribute
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return next((x.split(":")[1].strip() for x in file if x.startswith("model name")), "CPU")
+    return "CPU"
+
+
+def uniform(*shape: int) -> torch.Tensor:
+    return common.draws(0, "benchmark", 0, *shape)
 
 
 def pil_pipeline(size: int, crop_min: float, blur: bool):
@@ -90,13 +119,14 @@ class PilImages(Dataset):
 def augmentation_at_32_px() -> None:
     pixels, _ = common.demo_images(4096, 0)
     args = arguments("--recipe", "cifar", "--batch-size", "256")
-    images = simsiam.Images(torch.arange(4096).numpy(), pixels=pixels)
+    images = simsiam.Images(torch.arange(4096), pixels)
     pil = PilImages(pixels, pil_pipeline(32, 0.2, blur=False))
 
     def ours():
         began, n = time.perf_counter(), 0
-        for batch in simsiam.batches(args, images, 0, 16, views=2):
-            n += len(simsiam.augment(batch.crops, batch.colours, args))
+        for step, crops, _ in simsiam.training_batches(images, 0, 16, 2, args):
+            u = common.draws(args.seed, "colour", step, 512, simsiam.COLOR_DRAWS)
+            n += len(simsiam.augment(crops, u, args))
         return n / (time.perf_counter() - began)
 
     def theirs():
@@ -123,29 +153,29 @@ def compare_loaders(photos: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     args = arguments("--recipe", "imagenet", "--batch-size", "32", "--data", photos)
-    images = simsiam.find_images(photos)
-    stage1 = simsiam.Stage1(images, 224, 0.2, 8 / 7)
-    draws = simsiam.uniform((len(images), 2, simsiam.CROP_DRAWS), "benchmark").numpy()
+    paths = np.array([*simsiam.image_files(photos, args)])
+    stage1 = simsiam.FileCrops(simsiam.Images(torch.zeros(len(paths)), paths=paths), args)
+    draws = uniform(len(paths), 2, 23).numpy()
     pil = pil_pipeline(224, 0.2, blur=True)
     load = datasets.folder.default_loader
 
     def first_stage():
         began = time.perf_counter()
-        for i in range(len(images)):
+        for i in range(len(paths)):
             stage1[i, draws[i]]
-        return len(images) / (time.perf_counter() - began)
+        return len(paths) / (time.perf_counter() - began)
 
     def theirs():
         began = time.perf_counter()
-        for i in range(len(images)):
-            pil(load(images.path(i)))
-        return len(images) / (time.perf_counter() - began)
+        for path in paths:
+            pil(load(path))
+        return len(paths) / (time.perf_counter() - began)
 
-    compare(f"folder loader, 224 px, two views, one core, {len(images)} photos", "images/s",
+    compare(f"folder loader, 224 px, two views, one core, {len(paths)} photos", "images/s",
             decode_and_crop=first_stage, pil_all=theirs)
     torch.set_num_threads(threads)
     x = torch.rand(64, 3, 224, 224)
-    u = simsiam.uniform((64, simsiam.COLOUR_DRAWS), "benchmark")
+    u = uniform(64, simsiam.COLOR_DRAWS)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         y = x.to(device)
@@ -161,9 +191,10 @@ def compare_loaders(photos: str) -> None:
 def step_rate(args, batch: int, repeats: int) -> float:
     """images/s of the bare training step on random tensors."""
     torch.manual_seed(0)
-    model = simsiam.SimSiam(simsiam.build_encoder(args), args.dim, args.predictor_dim,
-                            args.hidden_dim, args.projector_layers)
-    net = simsiam.prepare(model, args)
+    encoder, prepare = encoder_and_prepare(simsiam, args)
+    model = simsiam.SimSiam(encoder, args.dim, args.predictor_dim, args.hidden_dim,
+                            args.projector_layers)
+    net = prepare(model, args)
     optimizer = simsiam.build_optimizer(model, args)
     x = torch.randn(2, batch, 3, args.image_size, args.image_size, device=args.device)
     x1, x2 = (v.contiguous(memory_format=torch.channels_last) for v in x)
@@ -180,8 +211,8 @@ def precision() -> None:
     for name in ("bf16", "fp32"):
         args = arguments("--recipe", "cifar", "--precision", name, "--batch-size", "64")
         rates[name] = lambda args=args: step_rate(args, 64, 3)
-    flags = simsiam.cpu_info("flags").split()
-    kind = "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else "no bf16"
+    kind = ("AMX" if torch.cpu._is_amx_tile_supported() else
+            "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else "no bf16")
     compare(f"step, ResNet-18, width 1, batch 64, {kind}", "images/s", repeats=2, **rates)
 
 
@@ -202,10 +233,12 @@ class Watch:
                 if hasattr(script, name):
                     self.patch(script, name, self.clock(part, getattr(script, name)))
             self.patch(torch.Tensor, "backward", self.clock("backward", torch.Tensor.backward))
-            self.patch(script, "prepare", self.inner(script.prepare, "forward", "forward"))
+            prepare, batches = (("distribute", "training_batches") if new_form(script) else
+                                ("prepare", "batches"))
+            self.patch(script, prepare, self.inner(getattr(script, prepare), "forward", "forward"))
             self.patch(script, "build_optimizer",
                        self.inner(script.build_optimizer, "step", "optimiser"))
-            self.patch(script, "batches", self.timed_batches(script.batches))
+            self.patch(script, batches, self.timed_batches(getattr(script, batches)))
         self.patch(script, "train_step", self.watched(script.train_step))
         try:
             with tempfile.TemporaryDirectory() as out:
@@ -243,9 +276,8 @@ class Watch:
 
     def timed_batches(self, batches):
         def stream(*args, **kwargs):
-            following = self.clock("data", batches(*args, **kwargs).__next__)
-            for _ in range(args[3] - args[2]):
-                yield following()
+            source = batches(*args, **kwargs)
+            yield from iter(self.clock("data", lambda: next(source, None)), None)
         return stream
 
     def watched(self, train_step):
@@ -289,7 +321,9 @@ def side_by_side_row(name: str, width: float, batch: int, data: str, device: str
         run = Watch(script, flags)
         loops.append(run.total / run.steps())
         bares.append(run.bare_seconds())
-    memory = max(line["memory_gb"] for line in run.log if "step" in line)
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = (torch.cuda.max_memory_allocated() if device == "cuda" else
+              unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
     loop, bare = statistics.median(loops), statistics.median(bares)
     run = Watch(script, flags, split=True)
     ms = {part: 1000 * seconds / run.steps() for part, seconds in run.split.items()}
@@ -297,7 +331,8 @@ def side_by_side_row(name: str, width: float, batch: int, data: str, device: str
     inside = sum(ms.get(part, 0) for part in ("forward", "backward", "optimiser", "EMA"))
     return {"images/s": round(batch / loop, 1), "of bare step": round(bare / loop, 3),
             **{part: round(x, 1) for part, x in ms.items()}, "rest of step": round(step - inside, 1),
-            "rest of loop": round(total - step - ms["data"] - ms["augment"], 1), "GB": memory}
+            "rest of loop": round(total - step - ms["data"] - ms["augment"], 1),
+            "GB": round(memory, 2)}
 
 
 def side_by_side(options) -> None:
@@ -406,9 +441,9 @@ def peer_images(options) -> Dataset:
     from lightly.transforms import SimCLRTransform
     transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
     if options.cifar:
-        images = simsiam.load_pixels(simsiam.find_images(os.path.join(options.cifar, "train")),
-                                     arguments("--workers", "2"))
-        return PilImages(images.pixels, transform)
+        args = arguments("--data", options.cifar)
+        files = simsiam.image_files(os.path.join(options.cifar, "train"), args)
+        return PilImages(simsiam.in_memory(files, {}, args).pixels, transform)
     return PilImages(common.demo_images(4000, 0)[0], transform)
 
 
@@ -445,7 +480,11 @@ def peer_knn(options) -> None:
 
         def knn(encoder, args=args, script=script):
             with contextlib.redirect_stdout(io.StringIO()):
-                return 100 * script.knn_monitor(encoder, script.load_data(args), 1, args)["knn"]
+                data = script.load_data(args)
+                if not new_form(script):
+                    return 100 * script.knn_monitor(encoder, data, 1, args)["knn"]
+            found = (script.features(encoder, x, args) for x in (data.bank, data.val))
+            return 100 * common.knn_accuracy(*sum(found, ()), args.knn_k, args.knn_temperature)
 
         untrained = script.build_encoder(args)
         run = Watch(script, [*PEER_FLAGS, *extra, *data_flags, "--steps", "12"])
@@ -481,11 +520,16 @@ def ms(function):
         seconds.append(time.perf_counter() - began)
     return 1000 * statistics.median(seconds[3:])
 
-args = simsiam.parse_args(["--recipe", "cifar"])
-x, u = torch.rand(256, 3, 32, 32), simsiam.uniform((256, simsiam.COLOUR_DRAWS), "benchmark")
+def arguments(script, *flags):  # older scripts have no settle
+    args = script.parse_args(["--recipe", "cifar", *flags])
+    return script.settle(args) if hasattr(script, "settle") else args
+
+args = arguments(simsiam)
+torch.manual_seed(0)
+x, u = torch.rand(256, 3, 32, 32), torch.rand(256, 12, dtype=torch.float64)
 print(ms(lambda: simsiam.augment(x, u, args)))
 for width in (0.25, 1.0):
-    args = byol.parse_args(["--recipe", "cifar", "--width", str(width)])
+    args = arguments(byol, "--width", str(width))
     model = byol.BYOL(byol.build_encoder(args), args.dim, args.hidden_dim)
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
@@ -625,9 +669,9 @@ def big_networks() -> None:
         for title, script in (("SimSiam, ResNet-50", simsiam), ("MoCo v3, ViT-S/16", moco_v3)):
             args = arguments("--recipe", "imagenet", "--batch-size", str(batch), "--device", device,
                              script=script)
-            model = (simsiam.SimSiam if script is simsiam else moco_v3.MoCoV3)(
-                script.build_encoder(args))
-            net, optimizer = script.prepare(model, args), script.build_optimizer(model, args)
+            encoder, prepare = encoder_and_prepare(script, args)
+            model = (simsiam.SimSiam if script is simsiam else moco_v3.MoCoV3)(encoder)
+            net, optimizer = prepare(model, args), script.build_optimizer(model, args)
             views, more = torch.randn(2, batch, 3, 224, 224, device=device), ()
             if script is moco_v3:
                 more = (0.99,)  # the momentum of the update
@@ -669,7 +713,7 @@ def main() -> None:
         name, width, batch, data, device = options.row
         print(json.dumps(side_by_side_row(name, float(width), int(batch), data, device)))
         return
-    print(f"{simsiam.cpu_info('model name')}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+    print(f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}", flush=True)
     for name in options.only:
         parts[name](*[options] * (parts[name] in with_options))

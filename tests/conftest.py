@@ -58,6 +58,19 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: pytest tests --slow"))
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """main() takes over signals; a test that ran it within this process gives them back."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGCHLD", None))
+               if number]
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+    if "simsiam" in sys.modules:
+        sys.modules["simsiam"].STOP.clear()
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """40 images of many sizes, nested, without labels: they go through the loader's processes."""
@@ -94,6 +107,9 @@ class Forked:
                 sys.stderr = open(2, "w", buffering=1, closefd=False)
                 os.environ.update(env)
                 code = work()
+            except SystemExit as end:  # a sentence, or a number
+                print(*[end.code] * isinstance(end.code, str), sep="")
+                code = 1 if isinstance(end.code, str) else end.code or 0
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -203,6 +219,14 @@ def kill_at_step(step: int, script: str, *args, out: Path, **how) -> int:
 def program(method):
     """A script's main() as a function of words and numbers."""
     return lambda *args: method.main([*map(str, args)])
+
+
+def mistake(method, *args) -> str:
+    """The one sentence that a script ends with, by SystemExit, and not with exit code 0."""
+    with pytest.raises(SystemExit) as end:
+        method.main([*map(str, args)])
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code, end.value.code
+    return end.value.code
 
 
 def records(out: Path, kind: str = "loss") -> list[dict]:

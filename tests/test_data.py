@@ -1,232 +1,243 @@
-"""Data as people have it: folders of all kinds, torchvision's sets, the order in which it is seen."""
+"""Data as people have it: folders of all kinds, torchvision's sets, the order of images."""
 
 import os
-from types import SimpleNamespace
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TINY, write_images
+from conftest import TINY, mistake, on_ranks, program, write_images
 from PIL import Image
+from torchvision.transforms.v2 import functional as vision
 
 import simsiam
 
+main = program(simsiam)
 
-def args_for(data, *more):
-    args = simsiam.parse_args([*TINY, "--data", str(data), "--batch-size", "4", *more])
-    args.device, args.dtype, args.initial = torch.device("cpu"), torch.float32, None
+
+def settled(data, *flags, stage="pretrain"):
+    words = [stage, "--init", "none", "--data", data, "--recipe", "demo", "--batch-size", 4,
+             "--workers", 0, *flags]
+    args = simsiam.settle(simsiam.parse_args([*map(str, words)]))
+    args.device, args.dtype = torch.device("cpu"), torch.float32
     return args
 
 
-@pytest.fixture
-def zoo(tmp_path):
-    """40 files: nested, JPEG, PNG, WebP; one grey, one RGBA, one 16-bit, one truncated."""
-    write_images(tmp_path / "a", 30)
-    write_images(tmp_path / "b" / "c", 4, kind="png")
-    pixels = np.random.default_rng(0).integers(0, 256, (150, 140, 4), dtype=np.uint8)
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    Image.fromarray(pixels).save(tmp_path / "rgba.png")
-    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    Image.fromarray(pixels[..., :3]).save(tmp_path / "photo.webp", lossless=True)
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "UPPER.JPG")
-    (tmp_path / "b" / "broken.jpeg").write_bytes((tmp_path / "a" / "00_000.jpg").read_bytes()[:400])
-    (tmp_path / "notes.txt").write_text("not an image")
-    return tmp_path, pixels
+def read(images, i):
+    return simsiam.FileCrops(images, None).read(i)[0]
 
 
-def test_any_tree_of_images_is_found_and_converted(zoo, capsys):
-    root, pixels = zoo
-    data = simsiam.load_data(args_for(root))
-    assert len(data.train) == 40 and data.bank is None and data.val is None
-    assert "40 images, on disk, no labels: kNN off" in capsys.readouterr().out
-    names = [os.fsdecode(name) for name in data.train.names]
-    assert names == sorted(names)
-    read = {name: data.train.read(i)[0] for i, name in enumerate(names)}
-    assert all(x.dtype == torch.uint8 and x.shape[0] == 3 for x in read.values())
+def center(images, args, *indices):
+    (x, labels), = simsiam.batches(images, [(torch.tensor(indices), None)], args)
+    return x, labels.tolist()
+
+
+def test_any_tree_of_images_is_found_and_converted(tmp_path, capsys):
+    root, pixels = tmp_path / "root", np.random.default_rng(0).integers(0, 256, (150, 140, 4), "u1")
+    for folder in ("a", "b/c", "x.jpg", ".ipynb_checkpoints", "out", "../elsewhere"):
+        write_images(root / folder, 1)
+    os.rename(root / "a/00_000.jpg", os.fsencode(root) + b"/a/caf\xe9.jpeg")  # not UTF-8
+    for name, x in {"GRAY.PNG": pixels[..., 0], "._mac.png": pixels[..., 0], "rgba.png": pixels,
+                    "deep.png": pixels[..., 0] * np.uint16(256) + pixels[..., 1]}.items():
+        Image.fromarray(x).save(root / name)
+    Image.fromarray(pixels[..., :3]).save(root / "photo.webp", lossless=True)
+    (root / "notes.txt").write_text("not an image")
+    for link, target in (("b/cycle", root), ("y", tmp_path / "elsewhere"), ("z", root / "y")):
+        os.symlink(target, root / link)
+    data = simsiam.load_data(settled(root, "--out", root / "out"))
+    names = ["GRAY.PNG", "a/caf\udce9.jpeg", "b/c/00_000.jpg", "deep.png", "photo.webp", "rgba.png",
+             "x.jpg/00_000.jpg", "y/00_000.jpg"]
+    assert [os.path.relpath(path, root) for path in data.train.paths] == names
+    assert data.train.labels.tolist() == [-1] * 8 and data.val is None
+    assert "8 images, unlabeled" in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # all can be read
+        shown = {name: read(data.train, i) for i, name in enumerate(names)}
+    assert all(x.dtype == torch.uint8 and x.shape[0] == 3 for x in shown.values())
     rgb = torch.from_numpy(pixels).permute(2, 0, 1)
-    assert torch.equal(read["photo.webp"], rgb[:3]) and torch.equal(read["rgba.png"], rgb[:3])
-    for name in ("grey.png", "deep.png"):  # 16 bits: the upper eight
-        assert torch.equal(read[name], rgb[:1].expand(3, -1, -1)), name
+    assert torch.equal(shown["photo.webp"], rgb[:3]) and torch.equal(shown["rgba.png"], rgb[:3])
+    for name in ("GRAY.PNG", "deep.png"):  # 16 bits: the upper eight
+        assert torch.equal(shown[name], rgb[:1].expand(3, -1, -1)), name
 
 
-def test_a_file_name_that_is_no_utf8_is_read(tmp_path):
-    write_images(tmp_path, 3)
-    os.rename(tmp_path / "00_001.jpg", os.fsencode(tmp_path) + b"/caf\xe9.jpg")
-    images = simsiam.load_data(args_for(tmp_path, "--batch-size", "2")).train
-    assert [images.read(i)[1] for i in range(3)] == [0, 1, 2]
-    simsiam.say(images.path(2))  # and can be named
+UNLABELED = "no train/ and val/ here; all images below it are used, unlabeled"
+ONE_CLASS = "train: fewer than two class folders; all images below it are unlabeled"
+NO_CLASS = "00_000.png is in none of the 2 class folders that train/ has"
 
 
-def test_an_unreadable_image_has_one_substitute_for_ever(zoo):
-    images = simsiam.load_data(args_for(zoo[0])).train
-    i = [os.fsdecode(name) for name in images.names].index("b/broken.jpeg")
-    x, shown = images.read(i)
-    again, shown_again = simsiam.load_data(args_for(zoo[0])).train.read(i)
-    assert shown == shown_again != i and torch.equal(x, again) and torch.equal(x, images.read(shown)[0])
+@pytest.mark.parametrize("folders, train, val, said", [  # c/ is empty
+    ("train/b train/a val/b val/a", [0, 1], [0, 1], "2 images, 2 classes"),
+    ("train/b/x/a train/a train/c/ val/b/y", [0, 1], [1], "2 classes"),  # none of a in val
+    ("train/a train/.d val/a val/b", [-1], None, ONE_CLASS),
+    ("train val/a val/b", [-1], None, ONE_CLASS),
+    ("train/a train/b", [-1, -1], None, UNLABELED), ("a val/a", [-1, -1], None, UNLABELED),
+    ("train/a train/b val/a val/c", 0, 0, "/val/c/" + NO_CLASS),
+    ("train/a train/b val", 0, 0, "/val/" + NO_CLASS),
+    ("train train/a train/b val/a", 0, 0, "/train/" + NO_CLASS)])
+@pytest.mark.parametrize("size", [8, 100])  # in memory, on disk
+def test_labels_come_from_train_and_val(folders, train, val, said, size, tmp_path, capsys):
+    for folder in folders.split():
+        write_images(tmp_path / folder, folder[-1] != "/", size=(size, size), kind="png")
+    args = settled(tmp_path)
+    args.batch_size = 1
+    if train:
+        data = simsiam.load_data(args)
+        assert data.train.labels.tolist() == train and said in capsys.readouterr().out
+        assert (data.val and data.val.labels.tolist()) == val and bool(data.bank) == bool(val)
+    else:
+        with pytest.raises(SystemExit, match=said):
+            simsiam.load_data(args)
 
 
-def test_a_folder_with_train_and_val_has_labels_and_small_images_live_in_memory(classes, capsys):
-    data = simsiam.load_data(args_for(classes))
-    assert "48 images, in memory on cpu, 3 classes" in capsys.readouterr().out
-    assert data.classes == ["ant", "bee", "cat"]
-    for images, n in ((data.train, 16), (data.val, 4)):
-        assert images.labels.tolist() == sorted([0, 1, 2] * n)
-        for i in (0, n, len(images) - 1):
-            assert torch.equal(images.pixels[i], torchvision.io.decode_image(images.path(i)))
-            assert images.path(i).split(os.sep)[-2] == data.classes[images.labels[i]]
+@pytest.mark.parametrize("sizes, kind, held", [
+    ([(32, 32)], "jpg", True), ([(96, 60)], "png", True), ([(60, 97)], "png", False),
+    ([(16, 16), (16, 20)], "png", False)])
+def test_small_images_of_one_size_live_in_memory(sizes, kind, held, tmp_path):
+    for i, size in enumerate(sizes):
+        write_images(tmp_path, 6, seed=i, size=size, kind=kind)
+    images = simsiam.load_data(settled(tmp_path)).train
+    assert (images.pixels is not None) == held and len(images.paths) == 6 * len(sizes)
+    for i, path in enumerate(images.paths):
+        x = images.pixels[i] if held else read(images, i)
+        assert torch.equal(x, torchvision.io.decode_image(path))
 
 
-def test_images_of_two_sizes_stay_on_disk(tmp_path):
-    write_images(tmp_path, 6, size=(16, 16), kind="png")
-    write_images(tmp_path, 6, seed=1, size=(16, 20), kind="png")
-    assert simsiam.load_data(args_for(tmp_path)).train.pixels is None
+@pytest.mark.parametrize("size", [16, 140])  # in memory, on disk
+@pytest.mark.parametrize("how", ["cut short", "an animation", "a dead link"])
+def test_the_next_file_takes_the_place_of_an_unreadable_one(how, size, tmp_path):
+    for folder in ("train/a", "train/b", "val/a"):
+        write_images(tmp_path / folder, 4, seed=ord(folder[-1]), size=(size, size), kind="png")
+    frames = [Image.new("RGB", (size, size), color) for color in ("red", "blue")]
+    for path in (tmp_path / "train/a/97_003.png", tmp_path / "train/b/98_003.png"):
+        if how == "cut short":
+            os.truncate(path, 90)
+        elif how == "an animation":
+            frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
+        else:
+            path.unlink()
+            path.symlink_to("nowhere")
+    args = settled(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default", UserWarning)  # as python has it
+        images = simsiam.load_data(args).train
+        (x, labels), _ = (center(images, args, *range(8)) for _ in range(2))
+    assert labels == [0, 0, 0, 1, 1, 1, 1, 0]  # the last one's next is the first
+    assert torch.equal(x[3], x[4]) and torch.equal(x[7], x[0]) and len(x.unique(dim=0)) == 6
+    for name, told in zip(("a/97_003.png", "b/98_003.png"), said, strict=True):  # once each
+        assert f"{name}': using the next file" in str(told.message)
 
 
-def test_small_images_with_an_unreadable_one_take_its_substitutes_label(classes, tmp_path):
-    import shutil
-    shutil.copytree(classes, tmp_path / "x")
-    (tmp_path / "x" / "train" / "ant" / "05_003.png").write_bytes(b"no")
-    data = simsiam.load_data(args_for(tmp_path / "x"))
-    i = [os.fsdecode(name) for name in data.train.names].index("ant/05_003.png")
-    _, shown = data.train.read(i)
-    assert torch.equal(data.train.pixels[i], data.train.pixels[shown])
-    assert data.train.labels[i] == data.train.labels[shown]
-    assert data.train.unreadable == {data.train.path(i)}
+def test_an_imagenet_sized_bank_is_a_tenth(monkeypatch):
+    files = {i: "ab"[i % 2] for i in range(1_281_167)}
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(simsiam, "image_files", lambda root, args: files)
+    monkeypatch.setattr(simsiam, "in_memory", lambda files, classes, args: simsiam.Images(
+        torch.arange(len(files)), paths=np.arange(len(files))))
+    train, bank, val = simsiam.folder_images(settled("imagenet"))
+    assert len(train.labels) == len(val.labels) == 1_281_167 and bank.pixels is None
+    assert len(bank.labels) == 128_117 and (bank.labels.numpy() == bank.paths).all()
+
+
+def test_a_run_goes_on_with_the_same_images_alone(tmp_path):
+    def command(parent, *size):
+        write_images(tmp_path / parent / "x", 40, size=size, kind="png")
+        return [*TINY, "--data", tmp_path / parent / "x", "--steps", 1, "--out", tmp_path / "out"]
+
+    assert main(*command("here", 16, 16)) == 0 and main(*command("moved", 16, 16)) == 0
+    assert "a run with other file_sizes: choose" in mistake(simsiam, *command("other", 16, 18))
 
 
 class FakeSet:
     """What torchvision's CIFAR and STL classes offer, without their files."""
 
-    classes = ["a", "b"]
-    calls = []
-
     def __init__(self, root, train=None, split=None, download=False):
-        self.calls.append((train, split, download))
+        self.calls.append((root, download))
         n = 6 if train or split == "train" else 10 if split == "train+unlabeled" else 4
-        g = np.random.default_rng(n)
-        if split is None:
-            self.data, self.targets = g.integers(0, 256, (n, 32, 32, 3), np.uint8), [0, 1] * (n // 2)
-        else:
-            self.data = g.integers(0, 256, (n, 3, 96, 96), np.uint8)
-            self.labels = np.array([0, 1] * 3 + [-1] * 4 if n == 10 else [0, 1] * (n // 2))
+        self.data = np.random.default_rng(n).integers(0, 256, (n, 32, 32, 32), np.uint8)
+        self.data = self.data[..., :3] if split is None else self.data[:, :3]
+        self.targets = [0, 1] * 3 + [-1] * 4 if n == 10 else [0, 1] * (n // 2)
+        self.labels = np.array(self.targets)
 
 
-@pytest.mark.parametrize("name, attribute", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
-def test_cifar_comes_through_torchvision(name, attribute, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, attribute, FakeSet)
-    data = simsiam.load_data(args_for(name))
-    assert data.train.pixels.shape == (6, 3, 32, 32) and data.val.pixels.shape == (4, 3, 32, 32)
-    pixels = np.random.default_rng(6).integers(0, 256, (6, 32, 32, 3), np.uint8)
-    assert torch.equal(data.train.pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    assert data.bank is data.train and data.train.labels.tolist() == [0, 1] * 3
-
-
-def test_stl10_pretrains_on_the_unlabelled_split_and_votes_with_the_labelled(monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "STL10", FakeSet)
-    args = args_for("stl10")
-    data = simsiam.load_data(args)
-    assert [len(images) for images in (data.train, data.bank, data.val)] == [10, 6, 4]
-    assert simsiam.parse_args(["--data", "stl10"]).image_size == 96  # its size
-    args.stage = "linear"
-    assert len(simsiam.load_data(args).train) == 6
-
-
-def test_rank_0_alone_downloads(monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeSet)
-    FakeSet.calls.clear()
-    simsiam.load_data(args_for("cifar10"))
-    assert (True, None, True) in FakeSet.calls
-    FakeSet.calls.clear()
-    monkeypatch.setattr(simsiam, "rank", lambda: 1)
-    simsiam.load_data(args_for("cifar10"))
-    assert FakeSet.calls and not any(download for *_, download in FakeSet.calls)
-
-
-def test_a_download_that_fails_says_where_to_put_the_files(monkeypatch, tmp_path, capsys):
-    def fail(*args, **kwargs):
-        raise OSError("<urlopen error no network>")
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    assert simsiam.main(["--data", "cifar10", "--data-root", str(tmp_path), "--out",
-                         str(tmp_path / "out")]) == 2
-    assert "could not get cifar10 under --data-root" in capsys.readouterr().err
-
-
-def test_an_image_gets_the_same_views_in_memory_alone_and_on_two_ranks(classes, monkeypatch):
-    args = args_for(classes, "--image-size", "16")
-    images = simsiam.load_data(args).train
-    alone = [*simsiam.batches(args, images, 0, 30, views=2)]
-    assert len(alone) == 30
+@pytest.mark.parametrize("name, stage, sizes", [
+    ("cifar10", "pretrain", [6, 6, 4]), ("cifar100", "linear", [6, 6, 4]),
+    ("stl10", "pretrain", [10, 6, 4]), ("stl10", "linear", [6, 6, 4])])
+def test_torchvisions_sets_are_loaded_and_rank_0_alone_downloads(name, stage, sizes, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, name.upper(), FakeSet)
     for rank in (0, 1):
-        monkeypatch.setattr(simsiam, "world_size", lambda: 2)
-        monkeypatch.setattr(simsiam, "rank", lambda rank=rank: rank)
-        for whole, half in zip(alone, simsiam.batches(args, images, 0, 30, views=2)):
-            for name in ("crops", "colours"):
-                a, b = (getattr(x, name).unflatten(0, (2, -1)) for x in (whole, half))
-                assert torch.equal(a[:, 2 * rank:2 * rank + 2], b)
-            assert torch.equal(whole.wanted[2 * rank:2 * rank + 2], half.wanted)
+        FakeSet.calls = []
+        monkeypatch.setattr(simsiam, "rank", lambda: rank)
+        data = simsiam.load_data(settled(name, "--data-root", "sets", stage=stage))
+        assert any(download for _, download in FakeSet.calls) == (rank == 0)
+        assert {root for root, _ in FakeSet.calls} == {"sets"} and data.num_classes == 2
+    assert [len(images.labels) for images in (data.train, data.bank, data.val)] == sizes
+    pixels = torch.from_numpy(np.random.default_rng(6).integers(0, 256, (6, 32, 32, 32), np.uint8))
+    pixels = pixels[:, :3] if name == "stl10" else pixels[..., :3].permute(0, 3, 1, 2)
+    assert torch.equal(data.bank.pixels, pixels) and data.bank.labels.tolist() == [0, 1] * 3
 
 
-def test_the_loaders_processes_change_nothing(photos):
-    batches = [[*simsiam.batches(args_for(photos, "--workers", str(n)), images, 3, 14, views=2)]
-               for n in (0, 2) for images in [simsiam.load_data(args_for(photos)).train]]
-    assert len(batches[0]) == len(batches[1]) == 11
-    for a, b in zip(*batches):
-        assert torch.equal(a.crops, b.crops) and torch.equal(a.colours, b.colours)
-    seen = torch.cat([batch.crops for batch in batches[0]]).flatten(1)
-    assert len(seen.unique(dim=0)) == len(seen)  # no view twice, over epochs and images
+def test_any_number_of_processes_sees_the_same_views_and_features(classes, tmp_path):
+    args = settled(classes, "--image-size", 16)
+    data = simsiam.load_data(args)
+    val = simsiam.Images(torch.arange(10), data.val.pixels[:10])  # of 4 processes two have one more
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768))
+
+    def compute(rank, world):
+        return {"seen": [*simsiam.training_batches(data.train, 0, 30, 2, args)],
+                "features": simsiam.features(encoder, val, args)}
+
+    ranks = on_ranks(compute, tmp_path)
+    h, y = ranks[0][1]["features"]
+    pixels = simsiam.normalize(val.pixels / 255, args.mean, args.std).flatten(1)
+    assert y.tolist() == [*range(10)] and torch.allclose(h, pixels)  # eval mode
+    for r, world in ((0, 2), (1, 2), *((r, 4) for r in range(4))):
+        assert all(map(torch.equal, ranks[r][world]["features"], (h, y)))
+        for (i, whole, all_y), (j, x, y_part) in zip(
+                ranks[0][1]["seen"], ranks[r][world]["seen"], strict=True):
+            assert i == j and torch.equal(y_part, all_y.chunk(world)[r])
+            assert torch.equal(x, whole.unflatten(0, (2, world, -1))[:, r].flatten(0, 1))
+
+
+def test_workers_change_nothing_and_the_seed_every_view(photos):
+    runs = []
+    for flags in (("--workers", 0), ("--workers", 2), ("--seed", 1)):
+        args = settled(photos, "--image-size", 16, *flags)
+        images = simsiam.load_data(args).train
+        runs.append(torch.cat([x for _, x, _ in simsiam.training_batches(images, 3, 14, 2, args)]))
+    assert torch.equal(runs[0], runs[1]) and len(runs[0]) == 11 * 8
+    views = torch.cat([runs[0], runs[2]]).flatten(1)
+    assert len(views.unique(dim=0)) == len(views)  # no view twice, over epochs, images and seeds
+
+
+def test_views_from_disk_are_those_from_memory(classes):
+    args = settled(classes, "--image-size", 12)
+    held = simsiam.load_data(args).train
+    files = simsiam.Images(held.labels, paths=held.paths)
+    for (_, a, y), (_, b, z) in zip(*(simsiam.training_batches(images, 0, 9, 2, args)
+                                      for images in (held, files)), strict=True):
+        assert (a - b).abs().max() < 1.5 / 255 and torch.equal(y, z)  # rounded to 8 bits, twice
 
 
 @pytest.mark.parametrize("flag, shorter", [("--no-small-images", 18), ("--small-images", 16)])
-def test_the_test_view_is_the_centre_on_disk_as_in_memory(flag, shorter, tmp_path):
-    write_images(tmp_path, 4, size=(144, 144))  # too large to be taken into memory
-    args = args_for(tmp_path, "--image-size", "16", flag)
+def test_the_test_view_is_the_center_on_disk_as_in_memory(flag, shorter, tmp_path):
+    write_images(tmp_path, 4, size=(144, 144))  # too large for memory
+    args = settled(tmp_path, "--image-size", 16, flag)
     images = simsiam.load_data(args).train
-    x, _ = next(simsiam.load(args, images, [(torch.tensor([3]), None)]))
-    photo = torchvision.io.decode_image(images.path(3))
-    expected = torchvision.transforms.v2.functional.center_crop(  # 18: 8 / 7 of 16
-        torchvision.transforms.v2.functional.resize(photo, [shorter], antialias=True), [16, 16])
-    assert torch.equal(x[0], expected / 255)
-    images.pixels, images.names = photo[None], images.names[3:4]
-    error = []
+    x, _ = center(images, args, 3)
+    photo = torchvision.io.decode_image(images.paths[3])
+    resized = vision.resize(photo, [shorter], antialias=True)  # 18: 8 / 7 of 16
+    assert torch.equal(x[0], vision.center_crop(resized, [16, 16]) / 255)
+    images.pixels, error = photo[None].expand(4, -1, -1, -1), []
     for args.small_images in (args.small_images, not args.small_images):
-        y, _ = next(simsiam.load(args, images, [(torch.tensor([0]), None)]))
-        error.append((x - y).abs().mean())
+        error.append((x - center(images, args, 3)[0]).abs().mean())
     assert error[0] < 0.01 and error[0] < error[1] / 4  # up to the rounding to 8 bits
 
 
-def test_the_test_view_at_the_datas_own_size_is_the_image(classes):
-    args = args_for(classes, "--image-size", "16")
+def test_demos_linear_recipe_crops_nothing():
+    args = settled("demo", stage="linear")
     images = simsiam.load_data(args).train
-    x, _ = next(simsiam.load(args, images, [(torch.tensor([3]), None)]))
-    assert torch.equal(x[0], images.pixels[3] / 255)
-
-
-def test_features_come_in_order_whatever_the_number_of_processes(classes, monkeypatch):
-    args = args_for(classes, "--image-size", "16")
-    images = simsiam.load_data(args).val  # 12 images on 5 ranks: some have one more
-    encoder = torch.nn.Flatten()
-    alone, shown = simsiam.features(encoder, images, args)
-    assert shown.tolist() == list(range(12)) and len(alone.unique(dim=0)) == 12
-    parts, gathered = [], []
-    monkeypatch.setattr(simsiam, "world_size", lambda: 5)
-    monkeypatch.setattr(simsiam, "report_unreadable", lambda *a: None)
-    monkeypatch.setattr(simsiam, "all_gather", lambda x: (gathered.append(x), x.repeat_interleave(
-        5, 0) if x.ndim == 1 else torch.zeros(15, x.shape[1]))[1])
-    for r in range(5):
-        monkeypatch.setattr(simsiam, "rank", lambda r=r: r)
-        simsiam.features(encoder, images, args)
-        parts.append(gathered[-2])
-    together = torch.stack(parts).transpose(0, 1).flatten(0, 1)[:12]  # as all_gather orders them
-    assert torch.equal(together, alone)
-
-
-def test_an_imagenet_sized_bank_is_a_tenth(monkeypatch):
-    images = simsiam.Images(np.array([b"x"] * 1_281_167), torch.zeros(1_281_167), root="r")
-    monkeypatch.setattr(simsiam, "find_images", lambda folder: images)
-    monkeypatch.setattr(simsiam, "load_pixels", lambda images, args: images)
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)
-    monkeypatch.setattr(os, "scandir", lambda path: [SimpleNamespace(name=c, is_dir=lambda: True)
-                                                     for c in ("x", "y")])
-    train, bank, _, _ = simsiam.folder_data(SimpleNamespace(data="d"))
-    assert len(train) == 1_281_167 and len(bank) == len(bank.labels) == 128_117
+    images.labels = torch.arange(4000)
+    for _, crops, labels in simsiam.training_batches(images, 0, 4, 1, args):
+        for crop, x in zip(crops, images.pixels[labels] / 255):
+            assert torch.allclose(crop, x) or torch.allclose(crop, x.flip(2))

@@ -1205,8 +1205,8 @@ def test_views_are_those_of_simsiam(recipe):  # which test_augmentation.py compa
     x = torch.rand(48, 3, 40, 40, generator=g)
     u = torch.rand(48, simclr_v2.COLOUR_DRAWS, generator=g, dtype=DOUBLE)
     ours = simclr_v2.augment(x, u, args)
-    assert furthest([ours], [simsiam.augment(x, u, args)]) < 1e-6
-    assert furthest([ours], [simsiam.augment(x, u.roll(1, 0), args)]) > 0.1  # u: each image's own
+    assert furthest([ours], [simsiam.augment(x, u[:, :12], args)]) < 1e-5
+    assert furthest([ours], [simsiam.augment(x, u.roll(1, 0)[:, :12], args)]) > 0.1  # u: each image's own
 
 
 # --------------------------------------------------------------------------- recipes, sheets 3 and 4

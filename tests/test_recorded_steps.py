@@ -1,0 +1,77 @@
+"""Twelve steps in float64 against recorded ones: a change that is not meant to change a run must not.
+
+recorded_steps.json holds, for each run, the flags, the losses and the norm of every weight at the
+end, recorded at the commit that it names. `python tests/test_recorded_steps.py CHECKOUT`, with a
+checkout of that commit, records them again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+FILE = Path(__file__).with_name("recorded_steps.json")
+COMMON = "--device cpu --precision fp64 --knn-every 0 --log-every 1 --steps 12 --workers 0"
+RUNS = {
+    "simsiam": "simsiam.py --epochs 3",
+    "simsiam, small images in a folder":
+        "simsiam.py --data FOLDER --recipe demo --batch-size 16 --epochs 8",
+    "simsiam without stop-gradient": "simsiam.py --epochs 3 --no-stop-grad",
+}
+
+
+def write_folder(root: Path) -> Path:
+    """40 images of 32 px from numpy's frozen RandomState."""
+    random = np.random.RandomState(0)
+    root.mkdir()
+    for i in range(40):
+        coarse = random.randint(0, 256, (3, 4, 4)).repeat(8, 1).repeat(8, 2)
+        x = np.clip(coarse + random.randint(-20, 21, (3, 32, 32)), 0, 255).astype(np.uint8)
+        torchvision.io.write_png(torch.from_numpy(x), str(root / f"{i:02}.png"))
+    return root
+
+
+def result(out: Path) -> tuple[list[float], dict[str, float]]:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    model = torch.load(out / "last.pt")["model"]
+    return ([line["loss"] for line in lines if "loss" in line],
+            {name: x.double().norm().item() for name, x in model.items()})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_twelve_steps_are_the_recorded_ones(name, tmp_path):
+    from conftest import run
+    script, *flags = f"{RUNS[name]} {COMMON}".split()
+    flags = [str(write_folder(tmp_path / "images")) if x == "FOLDER" else x for x in flags]
+    run(script, *flags, "--out", tmp_path / "run")
+    losses, norms = result(tmp_path / "run")
+    recorded = json.loads(FILE.read_text())["runs"][name]
+    assert recorded["command"] == RUNS[name] and len(losses) == 12
+    assert losses == pytest.approx(recorded["losses"], rel=0, abs=1e-9)
+    assert norms.keys() == recorded["norms"].keys() and len(norms) > 60
+    for key, norm in norms.items():
+        assert norm == pytest.approx(recorded["norms"][key], rel=1e-9, abs=1e-12), key
+
+
+if __name__ == "__main__":
+    checkout = Path(sys.argv[1]).resolve()
+    commit = subprocess.check_output(["git", "-C", checkout, "rev-parse", "HEAD"], text=True)
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder, "images"))
+        for number, (name, command) in enumerate(RUNS.items()):
+            script, *flags = f"{command} {COMMON}".replace("FOLDER", f"{folder}/images").split()
+            out = Path(folder, str(number))
+            subprocess.run([sys.executable, checkout / script, *flags, "--out", out], check=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+            losses, norms = result(out)
+            runs[name] = {"command": command, "losses": losses, "norms": norms}
+    FILE.write_text(json.dumps({"commit": commit.strip(), "torch": torch.__version__, "runs": runs},
+                               separators=(",", ":")).replace('"simsiam', '\n"simsiam') + "\n")
