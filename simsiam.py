@@ -709,7 +709,7 @@ def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> No
     """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
     if rank() > 0:
         return
-    data = os.path.abspath(args.data) if os.path.isdir(args.data) else args.data
+    data = args.data if args.data in DATA_RECIPES else os.path.abspath(args.data)
     run = {"step": step, "config": args.config, "recipe": args.recipe, "data": data,
            "data_root": os.path.abspath(args.data_root), "model": model.state_dict(),
            "optimizer": optimizer.state_dict()}
@@ -782,7 +782,7 @@ def load_encoder(args) -> nn.Module:
     if args.init != "none":
         ours = encoder.state_dict()
         stem = next(iter(ours))
-        weights = next((file[key] for key in ("model", "state_dict") if key in file), file)
+        weights = next((file[key] for key in ("state_dict", "model") if key in file), file)
         prefix = min((name.removesuffix(stem) for name in weights if name.endswith(stem)),
                      key=len, default="")
         weights = {name.removeprefix(prefix): x for name, x in weights.items() if torch.is_tensor(x)

@@ -146,10 +146,12 @@ def test_a_data_set_that_cannot_be_downloaded(error, tmp_path, monkeypatch):
 def test_a_folder_in_which_a_run_is_at_work(classes, tmp_path):
     command = [*SMALL, "--data", classes, "--epochs", 9999, "--log-every", 1, "--out", tmp_path]
     running = start("simsiam.py", *command, fork=True)
-    wait_for_step(tmp_path / "log.jsonl", 1, running)
-    said = mistake(simsiam, *command)
-    send(running, signal.SIGKILL)
-    finish(running)
+    try:
+        wait_for_step(tmp_path / "log.jsonl", 1, running)
+        said = mistake(simsiam, *command, "--steps", 1)
+    finally:
+        send(running, signal.SIGKILL)
+        finish(running)
     assert said == f"another run is at work in {tmp_path}: choose another --out"
     assert main(*command, "--steps", 1) == 0  # free again
 
