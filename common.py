@@ -153,8 +153,8 @@ def resnet(depth: int, width: float = 1, sk_ratio: float = 0.0, small_images: bo
     """
     if depth not in BLOCKS:
         raise ValueError(f"no ResNet of depth {depth}; there are {', '.join(map(str, BLOCKS))}")
-    if width < (0.25 if sk_ratio else 0.125):  # oneDNN corrupts 4 to 7 channels (AVX2, torch 2.15)
-        raise ValueError(f"width {width} is too small: 0.125 is the minimum, 0.25 with sk_ratio")
+    if width < 0.125:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
+        raise ValueError(f"width {width} is too small: 0.125 is the minimum")
     model = ResNet(*BLOCKS[depth], width, sk_ratio, small_images)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # as torchvision
