@@ -20,8 +20,6 @@ rounded to 8 bits between operations; linear evaluation of the last epoch, not t
     python simsiam.py --data cifar10                              # App. D's CIFAR recipe (91.8 %)
     python simsiam.py --no-stop-grad --out runs/collapse          # Fig. 2; also --predictor, --bn
     python simsiam.py linear --init runs/simsiam-demo/last.pt     # linear evaluation, same data
-
-The same command again continues an interrupted run from its last checkpoint.
 """
 
 import argparse
@@ -311,8 +309,7 @@ def linear(args) -> None:
     per_epoch = data.size // args.batch_size
     total = args.epochs * per_epoch
     start, stop = resume(fc, optimizer, total, args)
-    if start < stop:
-        h, y = features(encoder, data.val, args)  # once, as the encoder is frozen
+    h, y = features(encoder, data.val, args)  # once, as the encoder is frozen
     step, logged, began, saved = start, start, time.time(), time.time()
     for step, crops, labels in training_batches(data.train, start, stop, 1, args):
         progress = step // per_epoch / args.epochs
@@ -347,8 +344,9 @@ STAGES = {"pretrain": pretrain, "linear": linear}
 # From here to the end all scripts are the same to the letter. First the command line.
 
 DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
-AT_LEAST = {"width": 0.125, "batch_size": 2, "crop_min": 0.001, "knn_temperature": 0.001,
-            **dict.fromkeys(("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
+AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
+                ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
+                ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
 STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
 
 
@@ -369,10 +367,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
     add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>)")
-    add("--init", required=stage != "pretrain", default="none",
-        help="encoder: a pretrain run's last.pt (later stages take data and recipe from it, too) "
-             "or encoder.pt, the authors' checkpoint, torchvision's weights, or none (random)")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
+        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
+        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
     add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
@@ -384,11 +382,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
     group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
     for name, value in rows["imagenet"].items():
-        kind = {"type": type(value), "choices": get_args(types[name]) or None}
-        if type(value) is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif type(value) is tuple:
-            kind = {"type": float, "nargs": len(value), "metavar": "X"}
+        kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
+                {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
+                {"type": type(value), "choices": get_args(types[name]) or None})
         text = [str(value), *(f"{x} {rows[x][name]}" for x in rows if rows[x][name] != value)]
         group.add_argument("--" + name.replace("_", "-"), help=", ".join(text), **kind)
     return parser.parse_args(argv, argparse.Namespace(stage=stage))
@@ -404,23 +400,29 @@ def settle(args) -> argparse.Namespace:
         x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
     vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
     if args.data is None:
-        sys.exit(f"--init {args.init} does not say which images to use: give --data")
+        sys.exit(f"{args.init} does not say which images to use: give --data")
     if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
         sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
     if args.recipe not in RECIPES[args.stage]:
-        args.recipe = DATA_RECIPES.get(args.data, "imagenet")
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
+                            and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
     settings = recipe(args.stage, args.recipe)
     vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
     if args.arch not in ARCHS:
-        sys.exit(f"--init {args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
-    for name, x in vars(args).items():
-        least, most = AT_LEAST.get(name, 0), 1 if name.endswith(("_prob", "_min")) else math.inf
-        if type(x) in (int, float) and not least <= x <= most:
-            sys.exit(f"--{name.replace('_', '-')} {x}: must be between {least} and {most}")
+        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
+    for name, value in vars(args).items():
+        most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
+        for x in value if type(value) in (list, tuple) else [value]:
+            if type(x) in (int, float) and not (least := AT_LEAST.get(name, 0)) <= x <= most:
+                sys.exit(f"--{name.replace('_', '-')} {x}: must be between {least} and {most}")
     if vars(args).get("warmup_epochs", 0) >= args.epochs:
         sys.exit(f"--warmup-epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     name = os.path.basename(os.path.abspath(args.data))
-    args.config = {x: getattr(args, x) for x in ("stage", "seed", *settings)} | {"data": name}
+    weights = file.get("state_dict", file.get("model", file)).values()
+    data = b"".join(x.float().numpy().tobytes() for x in weights if torch.is_tensor(x))
+    args.config = {x: getattr(args, x) for x in ("stage", "seed", *settings)} | {
+        "data": name, "init": hashlib.blake2b(data, digest_size=8).hexdigest() if file else "none"}
     args.out = args.out or f"runs/{SCRIPT}-{name}" + f"-{args.stage}" * (args.stage != "pretrain")
     return args
 
@@ -496,7 +498,7 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
 class Images:
     labels: Tensor                    # [n], -1 if unknown
     pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
-    paths: np.ndarray | tuple = ()    # [n] files, decoded by the loader's workers
+    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
 
 
 def load_data(args) -> argparse.Namespace:
@@ -518,8 +520,8 @@ def load_data(args) -> argparse.Namespace:
     if args.batch_size > n:
         sys.exit(f"{args.data} has {n} images, fewer than --batch-size {args.batch_size}")
     print0(f"{args.data}: {n} images, {f'{classes} classes' if classes else 'unlabeled'}")
-    sizes = [os.path.getsize(x) for x in train.paths[::n // 64 + 1] if os.path.exists(x)]
-    args.config |= {"images": n, "file_sizes": sizes}
+    files = filter(os.path.exists, () if train.paths is None else train.paths[::n // 64 + 1])
+    args.config |= {"images": n, "file_sizes": [*map(os.path.getsize, files)]}
     return argparse.Namespace(train=train, bank=bank, val=val, size=n, num_classes=classes)
 
 
@@ -605,8 +607,7 @@ class FileCrops(Dataset):
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
-        for i in range(index, index + 10):
-            i %= len(self.images.labels)
+        for i in (index + np.arange(10)) % len(self.images.labels):
             path = str(self.images.paths[i])
             try:  # decode_image opens only names in UTF-8
                 x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
@@ -655,11 +656,9 @@ def training_batches(images: Images, start: int, stop: int, views: int, args):
             epoch, i = divmod(step, n // args.batch_size)
             if i == 0 or step == start:
                 order = torch.randperm(n, generator=generator(args.seed, "order", epoch))
-            batch = order[i * args.batch_size:(i + 1) * args.batch_size]
             u = draws(args.seed, "crop", step, args.batch_size, views, 23)
-            yield batch.chunk(world_size())[rank()], u
-    for step, (crops, labels) in zip(range(start, stop), batches(images, plan(), args)):
-        yield step, crops, labels
+            yield order[i * args.batch_size:][:args.batch_size].chunk(world_size())[rank()], u
+    return ((step, *x) for step, x in zip(range(start, stop), batches(images, plan(), args)))
 
 
 @torch.no_grad()
@@ -676,13 +675,14 @@ def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
     return tuple(part.transpose(0, 1).flatten(0, 1)[:n] for part in parts)
 
 
-def log_knn(encoder: nn.Module, epoch: int, step: int, data, args) -> None:
-    """Log the kNN accuracy on the validation images, if there are labels."""
+def log_knn(encoder: nn.Module, epoch: int, step: int, data, args):
+    """Log the kNN accuracy on the validation images, if there are labels. Returns features(val)."""
     if data.val is not None:
         bank, queries = (features(encoder, images, args) for images in (data.bank, data.val))
         accuracy = knn_accuracy(*bank, *queries, args.knn_k, args.knn_temperature)
         log(args, epoch=epoch, step=step, knn=accuracy)
         encoder.train()
+        return queries
 
 
 # --------------------------------------------------------------------------------------- run folder
@@ -775,25 +775,25 @@ def summarize(step: int, total: int, args) -> None:
 
 
 def load_encoder(args) -> nn.Module:
-    """A new encoder with the weights of --init, which must fit. A head (fc.*) is left out."""
-    print0(f"--init {args.init}: {args.arch}, width {args.width:g}, {args.image_size} px, "
-           f"--data {args.data}, --recipe {args.recipe}")
-    encoder, file, args.config["init"] = build_encoder(args), vars(args).pop("initial"), "none"
-    if args.init != "none":
-        ours = encoder.state_dict()
-        stem = next(iter(ours))
-        weights = next((file[key] for key in ("state_dict", "model") if key in file), file)
-        prefix = min((name.removesuffix(stem) for name in weights if name.endswith(stem)),
-                     key=len, default="")
+    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
+    try:
+        encoder = build_encoder(args)
+    except ValueError as error:
+        sys.exit(f"--arch {args.arch}: {error}")
+    if file := vars(args).pop("initial"):
+        weights, ours = file.get("state_dict", file.get("model", file)), encoder.state_dict()
+        which, stem = vars(args).get("init_encoder", "").removesuffix("encoder"), next(iter(ours))
+        prefix = min((name.removesuffix(stem) for name in weights if name.endswith(stem)
+                      and which in name), key=len, default=which)
+        heads = (prefix + "fc.", prefix + "head.")
         weights = {name.removeprefix(prefix): x for name, x in weights.items() if torch.is_tensor(x)
-                   and name.startswith(prefix) and not name.startswith(prefix + "fc.")}
+                   and name.startswith(prefix) and not name.startswith(heads)}
         if wrong := [name for name in {**ours, **weights} if "num_batches_tracked" not in name and
                      getattr(ours.get(name), "shape", 0) != getattr(weights.get(name), "shape", 0)]:
             sys.exit(f"--init {args.init} does not fit --arch {args.arch}, width {args.width:g}, "
                      f"small_images {args.small_images}: {', '.join(wrong[:3])} differ")
         encoder.load_state_dict(weights, strict=False)
-        data = b"".join(x.float().numpy().tobytes() for x in weights.values())
-        args.config["init"] = hashlib.blake2b(data, digest_size=8).hexdigest()
     # MPS: batch norm in channels_last has wrong gradients (pytorch #175189).
     fast = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
     return encoder.to(args.device, args.dtype, memory_format=fast)

@@ -70,7 +70,7 @@ OURS = {flags: f"{flags}: must be between {limits}" for flags, limits in RANGES.
     "--data {w}/ruined --workers 1": "ten unreadable files in a row, the last one '{w}/ruined/00_",
     "--data {c} --batch-size 64": "{c} has 48 images, fewer than --batch-size 64",
     "--device cuda": "this machine has 0 GPUs: start fewer processes, or use --device cpu",
-    "linear --init none": "--init none does not say which images to use: give --data",
+    "linear --init none": "none does not say which images to use: give --data",
     "linear --init {w}/run/encoder.pt": "encoder.pt does not say which images to use: give --data",
     "linear --init {w}/run/last.pt --batch-size 8 --data {w}/large":
         "linear needs labels: {w}/large has no train/ and val/",
