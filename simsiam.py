@@ -689,12 +689,12 @@ def log_knn(encoder: nn.Module, epoch: int, step: int, data, args):
 
 
 def log(args, **record) -> None:
-    """Append a line to log.jsonl; print it if it is about a step."""
+    """Append a line to log.jsonl, and print its numbers."""
     if rank() == 0:
         with open(os.path.join(args.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(record) + "\n")
-        if "step" in record:
-            print("  ".join(f"{name} {x:.4g}" for name, x in record.items()), flush=True)
+        numbers = [f"{name} {x:.4g}" for name, x in record.items() if type(x) in (int, float)]
+        print("  ".join(numbers) or args.out, flush=True)
 
 
 def save_views(x: Tensor, args) -> None:

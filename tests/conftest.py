@@ -67,8 +67,8 @@ def as_it_was():
     yield
     for number, handler in before:
         signal.signal(number, handler)
-    if "simsiam" in sys.modules:
-        sys.modules["simsiam"].STOP.clear()
+    for name in ("simsiam", "dcl", "byol", "moco_v3", "simclr_v2"):
+        getattr(sys.modules.get(name), "STOP", []).clear()
 
 
 @pytest.fixture(scope="session")

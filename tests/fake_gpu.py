@@ -40,6 +40,9 @@ RUNS = {  # title: script, flags. "of N processes": as rank 0 of N, whose collec
     "simsiam linear larc": ("simsiam", f"{LINEAR} --optimizer larc"),
     "simsiam linear of 4 processes": ("simsiam", LINEAR),
     "simsiam planted": ("simsiam", SHORT),  # with waits, to see that they are told
+    "dcl": ("dcl", CIFAR),
+    "dcl queue": ("dcl", f"{SHORT} --queue 512 --loss infonce"),
+    "dcl dclw": ("dcl", f"{SHORT} --loss dclw"),
 }
 STEADY = 1  # the step, counted from 0, that is told; the first and the last one log
 SHIM = "FAKE_GPU_SHIM"  # environment variable: the shim's folder

@@ -17,6 +17,14 @@ def ready(method, *flags, dtype=DOUBLE, precision="fp64"):
     return args
 
 
+def settled(method, *flags, precision="fp64", dtype=DOUBLE):
+    """A script's settings for this command line, ready for a step on this machine's CPU."""
+    words = [*map(str, flags), "--precision", precision]
+    args = method.settle(method.parse_args(words))
+    args.device, args.dtype = torch.device("cpu"), dtype
+    return args
+
+
 def assert_fields(args, expected):
     for name, value in expected.items():
         parsed = getattr(args, name)

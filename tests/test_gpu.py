@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs Linux, a CUDA build of torch 2.14 or newer, cc and nm")
 MOST = {  # launches of a step
     "simsiam": 760, "simsiam photos": 1400, "simsiam of 4 processes": 1900, "simsiam linear": 170,
-    "simsiam linear larc": 180, "simsiam linear of 4 processes": 170}
+    "simsiam linear larc": 180, "simsiam linear of 4 processes": 170,
+    "dcl": 480, "dcl queue": 590, "dcl dclw": 520}
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,10 @@ def settings(method, words):
         args.init, args.data = "none", args.data or "demo"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("os.path.isdir", lambda path: "/" in path)
-            return method.settle(args).config
+            config = method.settle(args).config
+        if not config.get("queue", 1):
+            del config["ema_momentum"]  # no queue, no such encoder
+        return config
     method.check(args)  # settles what the flags leave open
     return {name: getattr(args, name) for name in args.fields if not (
         name == "ema_momentum" and not getattr(args, "queue", 1)  # no queue, no such encoder

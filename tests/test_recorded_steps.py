@@ -24,6 +24,9 @@ RUNS = {
     "simsiam, small images in a folder":
         "simsiam.py --data FOLDER --recipe demo --batch-size 16 --epochs 8",
     "simsiam without stop-gradient": "simsiam.py --epochs 3 --no-stop-grad",
+    "dcl": "dcl.py --epochs 3",
+    "dclw": "dcl.py --epochs 3 --loss dclw",
+    "dcl queue": "dcl.py --epochs 3 --loss infonce --queue 256",
 }
 
 
@@ -55,7 +58,7 @@ def test_twelve_steps_are_the_recorded_ones(name, tmp_path):
     recorded = json.loads(FILE.read_text())["runs"][name]
     assert recorded["command"] == RUNS[name] and len(losses) == 12
     assert losses == pytest.approx(recorded["losses"], rel=0, abs=1e-9)
-    assert norms.keys() == recorded["norms"].keys() and len(norms) > 60
+    assert norms.keys() == recorded["norms"].keys() and len(norms) > 40
     for key, norm in norms.items():
         assert norm == pytest.approx(recorded["norms"][key], rel=1e-9, abs=1e-12), key
 
@@ -74,4 +77,4 @@ if __name__ == "__main__":
             losses, norms = result(out)
             runs[name] = {"command": command, "losses": losses, "norms": norms}
     FILE.write_text(json.dumps({"commit": commit.strip(), "torch": torch.__version__, "runs": runs},
-                               separators=(",", ":")).replace('"simsiam', '\n"simsiam') + "\n")
+                               separators=(",", ":")).replace('},"', '},\n"') + "\n")
