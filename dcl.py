@@ -141,8 +141,8 @@ DEMO = dataclasses.replace(  # the CIFAR recipe, shrunk to run in a minute on tw
 RECIPES = {
     "pretrain": {"imagenet": Pretrain(), "imagenet100": Pretrain(), "cifar": CIFAR, "demo": DEMO,
                  "stl10": dataclasses.replace(CIFAR, image_size=96)},
-    "linear": {"imagenet": Linear(), "imagenet100": Linear(), "cifar": Linear(), "stl10": Linear(),
-               "demo": Linear(base_lr=3.0, epochs=30, crop_min=1)}}
+    "linear": {"imagenet": Linear(), "imagenet100": Linear(), "cifar": Linear(crop_min=1),
+               "stl10": Linear(crop_min=1), "demo": Linear(base_lr=3.0, epochs=30, crop_min=1)}}
 ENCODER = ("arch", "width", "small_images", "zero_init_residual", "image_size", "mean", "std")
 
 # ------------------------------------------------------------------------------------- augmentation

@@ -121,12 +121,12 @@ DEMO = dataclasses.replace(  # the CIFAR recipe, shrunk to run in a minute on tw
     CIFAR, arch="resnet10", width=0.25, zero_init_residual=False, hidden_dim=0, dim=256,
     predictor_dim=64, epochs=3, batch_size=32, base_lr=0.48, crop_min=0.4,
     mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-CIFAR_LINEAR = Linear("sgd", base_lr=30.0, epochs=100, batch_size=256)  # PatrickHua/SimSiam
+CIFAR_LINEAR = Linear("sgd", 30.0, epochs=100, batch_size=256, crop_min=1)  # PatrickHua/SimSiam
 RECIPES = {
     "pretrain": {"imagenet": Pretrain(), "cifar": CIFAR, "demo": DEMO,
                  "stl10": dataclasses.replace(CIFAR, image_size=96)},  # ours
     "linear": {"imagenet": Linear(), "cifar": CIFAR_LINEAR, "stl10": CIFAR_LINEAR,
-               "demo": Linear("sgd", 3.0, epochs=30, batch_size=256, crop_min=1)}}  # ours: no crops
+               "demo": dataclasses.replace(CIFAR_LINEAR, base_lr=3.0, epochs=30)}}  # no crops: ours
 ENCODER = ("arch", "width", "small_images", "zero_init_residual", "image_size", "mean", "std")
 
 # ------------------------------------------------------------------------------------- augmentation

@@ -709,7 +709,8 @@ LINEAR_IMAGENET = dict(  # sheet 4, authors' code
     optimizer="larc", base_lr=0.1, batch_size=4096, momentum=0.9, weight_decay=0, epochs=90,
     crop_min=0.08)  # the default scale of RandomResizedCrop
 LINEAR_CIFAR = dict(  # sheet 4: PatrickHua
-    optimizer="sgd", base_lr=30, batch_size=256, momentum=0.9, weight_decay=0, epochs=100)
+    optimizer="sgd", base_lr=30, batch_size=256, momentum=0.9, weight_decay=0, epochs=100,
+    crop_min=1)  # ours
 
 
 @pytest.mark.parametrize("flags, expected", [
