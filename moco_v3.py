@@ -1,70 +1,55 @@
 """MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al., 2021).
 
-Paper: https://arxiv.org/abs/2104.02057. "Sec.", "Alg.", "Fig.", "Table" and "App." point into it;
-"authors' code" is facebookresearch/moco-v3 at c349e6e, of which we know the settings (this file is
-written from the paper). Algorithm 1, in the paper's letters:
+Paper: https://arxiv.org/abs/2104.02057. Sec., Alg., Fig., Table and App. refer to it; where it is
+silent or differs we follow the authors' code, facebookresearch/moco-v3 at c349e6e, which made the
+published checkpoints. Algorithm 1:
 
     x1, x2 = aug(x), aug(x)              # two random views of a batch                  [N, 3, S, S]
     q1, q2 = f_q(x1), f_q(x2)            # queries: backbone, projector, predictor      [N, C]
     k1, k2 = f_k(x1), f_k(x2)            # keys: backbone, projector; no gradient       [N, C]
     L = ctr(q1, k2) + ctr(q2, k1)        # ctr(q, k) = 2 tau CE(q k^T / tau, 0 .. N-1)
     update f_q by AdamW (ViT) or LARS (ResNet) on L
-    f_k = m * f_k + (1 - m) * f_q        # momentum encoder, over f_q's updated weights
+    f_k = m * f_k + (1 - m) * f_q        # momentum encoder, from f_q's new weights
 
-The negatives of a query are the other images' keys, of all processes: no queue. Each view passes
-alone, with batch norm statistics of its own (App. A), through f_k too, which is in train mode: its
-running statistics follow its batches, are not averaged, and serve --init-encoder momentum_encoder.
+The negatives of a query are the keys of the other images, of all processes; there is no queue. Each
+view has its own batch norm statistics (App. A), in f_k too. f_k is in train mode: its running
+statistics come from its own batches, and only --init-encoder momentum_encoder uses them.
 
-Order of keys and momentum update: Algorithm 1's. The authors' code updates f_k before the keys,
-with that step's m. As f_k starts as a copy of f_q, both make the same keys if the update after step
-t takes the m of step t + 1, as it does here; only the last update (m = 1) has no place in theirs.
+Algorithm 1 updates f_k last, the authors' code before the keys, with the m of that step. As f_k
+starts as a copy of f_q, both make the same keys if the update after step t takes the m of step
+t + 1, as it does here. The last update, where m = 1, has no counterpart in their code.
 
-Where paper and authors' code differ, or the paper says nothing, the code's settings are used, for
-the published checkpoints are its: m by cosine for ViT too (paper: constant); ResNet's heads and
-recipes by length (paper: a ViT's heads, 800 epochs); batch 1024 and one lr in the linear evaluation
-(paper: 4096, lr swept).
+The code differs from the paper: m rises to 1 for ViTs too; ResNets have heads and recipes of their
+own; linear evaluation with batch 1024 and one lr (paper: 4096, lr swept). This file differs from
+the code: bfloat16 where the hardware supports it, not float16; Gaussian blur with a sampled kernel,
+not PIL's approximation; colors not rounded to 8 bits between operations; added: kNN. Where neither
+is clear the choice is ours: ViT-BN's batch norms, what LAMB excludes, the norms of Fig. 4 (L2).
 
-Departures: bfloat16 forward pass on hardware that has it, without loss scaling (authors' code:
-float16; in the linear evaluation float32); Gaussian blur over a tenth of the side, 23 taps at 224
-(there: PIL's approximation); colours in floating point (there: rounded to 8 bits); kNN after each
-epoch, too. Where neither settles it, our reading: ViT-BN's batch norms (over images and tokens;
-attention and the end keep layer norm), what LAMB excludes, thresholds for --clip-patch-grad, which
-layers grad_first and grad_last watch (L2 norms), the kNN within epochs (the first view's features,
-1,000 queries).
-
-    python moco_v3.py                                             # built-in images, a minute or two
-    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024    # ViT-S/16
-    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --arch resnet50      # 100 epochs
-    python moco_v3.py --patch-projection learned --base-lr 0.03 --out runs/unstable   # Sec. 4
-    python moco_v3.py linear --init runs/moco_v3-demo/last.pt     # linear evaluation
-    python moco_v3.py linear --init vit-s-300ep.pth.tar --data /data/imagenet        # official file
-    python moco_v3.py export --init vit-s-300ep.pth.tar --out runs/vit-s   # encoder.pt for timm
-    python moco_v3.py embed --init runs/moco_v3-demo/last.pt --data FOLDER   # features of a folder
+    python moco_v3.py                                             # built-in images, on any machine
+    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024  # ViT-S (73.2 %)
+    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --arch resnet50    # 100 epochs
+    python moco_v3.py --patch-projection learned --base-lr 0.03 --out runs/unstable  # Sec. 4
+    python moco_v3.py linear --init runs/moco_v3-demo/last.pt     # linear evaluation, same data
+    python moco_v3.py linear --init vit-s-300ep.pth.tar --data /data/imagenet  # authors' checkpoint
 """
 
 import argparse
-import contextlib
+import collections
 import copy
-import fcntl
+import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import platform
-import re
-import resource
 import shlex
 import signal
 import subprocess
 import sys
-import textwrap
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+import warnings
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -73,170 +58,172 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
-from common import (BLOCKS, LARS, VITS, ViT, demo_images, in_cache, resnet, synchronize_batch_norm,
-                    vit)
 
-# ----------------------------------------------------------------------------------------- recipes
+from common import (
+    BLOCKS, LARS, VITS, ViT, all_gather, color_jitter, crop_boxes, demo_images, draws,
+    effective_rank, feature_std, gaussian_blur, generator, grayscale, knn_accuracy, normalize,
+    print0, rank, resized_crop, resnet, solarize, sync_batch_norm, to_device, vit, world_size)
 
-# Every field is also a flag (--base-lr 1e-4). The ImageNet columns are the authors' code's
-# (CONFIG.md), which trains vit_base like vit_small. That vit_large and vit_huge are trained so too
-# is our choice: their settings are not public. There are none for CIFAR: what cifar-resnet has from
-# solo-learn (community) is marked; the rest of it, all of cifar and of demo are our choice.
-RECIPE_NAMES = ("imagenet", "imagenet-r50-100", "imagenet-r50-300", "imagenet-r50-1000",
-                "cifar", "cifar-resnet", "demo")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # authors' code
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # solo-learn; recalled
-PRETRAIN = {
-    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------ cifar ---- cifar-resnet -- demo
-    "arch": ("vit_small", "resnet50", "resnet50", "resnet50", "vit_tiny", "resnet18", "vit_mini"),
-    "width":              (1.0,) * 7,          # of a ResNet, relative to the paper's; ours
-    "small_images":       (False, False, False, False, True, True, True),  # no margin in the test
-    #                    view; a ResNet's 3x3 stem (SimCLR, arXiv:2002.05709, App. B.9; solo-learn)
-    "zero_init_residual": (True,) * 7,         # of a ResNet: authors' code
-    "patch_size":         (16, 16, 16, 16, 4, 4, 8),  # pixels. Table 2; vit_huge: 14. Sec. 6.3: 7
-    "heads":              (0,) * 7,            # 0: Table 2's, 12 for vit_small (DeiT's, timm's: 6)
-    "stem":               ("patch",) * 7,      # conv: authors' code, after arXiv:2106.14881
-    "mlp_norm":           ("layer",) * 7,      # batch: ViT-BN, Sec. 6.3
-    "position":           ("sincos",) * 7,     # Sec. 6.2: learned, none
-    "pooling":            ("class",) * 7,      # Sec. 6.2: mean, mean-no-norm
-    "patch_projection": ("frozen", "learned", "learned", "learned", "frozen", "learned", "frozen"),
-    #                    Sec. 4.2; ResNets have none
-    "projector_layers":   (3, 2, 2, 2, 3, 2, 3),  # paper's text (ViT), authors' code
-    "hidden_dim":         (4096, 4096, 4096, 4096, 4096, 4096, 512),  # authors' code; solo-learn
-    "dim":                (256, 256, 256, 256, 256, 256, 128),        # C. Authors' code; solo-learn
-    "predictor":          ("mlp",) * 7,        # Sec. 6.2: none
-    "predictor_output_bn": (True, False, False, False, True, False, True),  # as projector_layers
-    "bn":                 ("default",) * 7,    # in the heads. Sec. 6.2: none, with batch 2048
-    # ---------------- optimisation
-    "optimizer": ("adamw", "lars", "lars", "lars", "adamw", "lars", "adamw"),  # Sec. 4.1: lamb
-    "epochs":             (300, 100, 300, 1000, 800, 1000, 6),        # solo-learn
-    "batch_size":         (4096, 4096, 4096, 4096, 512, 256, 100),    # of all processes; solo-learn
-    "base_lr":            (1.5e-4, 0.6, 0.3, 0.3, 5e-4, 6.0, 1e-2),   # lr: this * batch_size / 256
-    #                    6.0: our choice, solo-learn's 0.3 * 0.02 / 0.001; its LARS clips, ours not
-    "warmup_epochs":      (40.0, 10.0, 10.0, 10.0, 40.0, 10.0, 1.0),  # solo-learn, of its BYOL
-    "momentum":           (0.9,) * 7,          # of LARS
-    "weight_decay":       (0.1, 1e-6, 1e-6, 1.5e-6, 0.1, 1e-6, 0.1),  # AdamW: on all; solo-learn
-    "temperature":        (0.2, 1.0, 1.0, 1.0, 0.2, 0.2, 0.2),        # tau; solo-learn
-    "ema_momentum":       (0.99, 0.99, 0.99, 0.996, 0.99, 0.99, 0.5),  # m, first; solo-learn
-    "ema_schedule":       ("cosine",) * 7,     # to 1 at the end; constant: m stays
-    "precision": ("auto", "auto", "auto", "auto", "auto", "auto", "fp32"),  # auto: bf16 if native
-    "grad_checkpoint":    (False,) * 7,        # ViT: less memory, for its blocks are computed twice
-    # ---------------- augmentation, a pair for first and second view (App. A, authors' code)
-    "image_size":         (224, 224, 224, 224, 32, 32, 32),           # pixels
-    "crop_min":           (0.08, 0.2, 0.2, 0.2, 0.2, 0.2, 0.75),      # least share of the area
-    "jitter":             ((0.4, 0.4, 0.2, 0.1),) * 7,  # brightness, contrast, saturation, hue
-    "jitter_prob":        (0.8,) * 7,
-    "gray_prob":          (0.2,) * 7,
-    "blur_prob":          ((1.0, 0.1),) * 4 + ((0.0, 0.0),) * 3,      # none at 32 px: solo-learn
-    "solarize_prob":      ((0.0, 0.2),) * 6 + ((0.0, 0.0),),          # solo-learn
-    "mean":               (IMAGENET_MEAN,) * 4 + (CIFAR_MEAN,) * 2 + ((0.5, 0.5, 0.5),),
-    "std":                (IMAGENET_STD,) * 4 + (CIFAR_STD,) * 2 + ((0.25, 0.25, 0.25),),
-    # ---------------- study of the instability, and kNN
-    "clip_patch_grad":    (0.0,) * 7,          # Sec. 4: the gradient's largest norm; 0: any
-    "knn_every_steps":    (50, 50, 50, 50, 20, 20, 20),  # App. A: tens of iterations
-    "knn_k":              (200,) * 7,          # App. A refers to arXiv:1805.01978, whose values
-    "knn_temperature":    (0.07,) * 7,         # these are (recalled)
-}
-LINEAR = {  # authors' code (main_lincls.py); CIFAR and demo: our choice
-    # ---------------- imagenet -- r50: 100, 300, 1000 epochs ------ cifar ---- cifar-resnet -- demo
-    "init_encoder":       ("encoder",) * 7,    # or momentum_encoder, of --init
-    "optimizer":          ("sgd",) * 7,
-    "base_lr":            (3.0, 0.1, 0.1, 0.1, 3.0, 0.1, 3.0),
-    "epochs":             (90, 90, 90, 90, 100, 100, 30),
-    "batch_size":         (1024, 1024, 1024, 1024, 256, 256, 250),
-    "momentum":           (0.9,) * 7,
-    "weight_decay":       (0.0,) * 7,
-    "crop_min":           (0.08, 0.08, 0.08, 0.08, 0.08, 0.08, 0.75),
-    "precision":          PRETRAIN["precision"],
-}
-EMBED = {name: LINEAR[name] for name in ("init_encoder", "precision")}
-TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "embed": EMBED, "export": EMBED}
-CHOICES = {
-    "arch": (*(f"vit_{size}" for size in VITS), *(f"resnet{depth}" for depth in BLOCKS)),
-    "stem": ("patch", "conv"),
-    "mlp_norm": ("layer", "batch"),
-    "position": ("sincos", "learned", "none"),
-    "pooling": ("class", "mean", "mean-no-norm"),
-    "patch_projection": ("frozen", "learned", "batchnorm", "weightnorm"),
-    "predictor": ("mlp", "none"),
-    "bn": ("none", "default"),
-    "optimizer": ("adamw", "lars", "lamb", "sgd"),
-    "ema_schedule": ("cosine", "constant"),
-    "init_encoder": ("encoder", "momentum_encoder"),
-    "precision": ("auto", "bf16", "fp32", "fp64"),
-}
-ENCODER = ("arch", "width", "small_images", "zero_init_residual", "patch_size", "heads", "stem",
-           "mlp_norm", "position", "pooling", "patch_projection", "image_size", "mean", "std")
+# ------------------------------------------------------------------------------------------ recipes
+
 SCRIPT = "moco_v3"
+ARCHS = (*(f"vit_{size}" for size in VITS), "vit_conv_small", "vit_conv_base",
+         *(f"resnet{depth}" for depth in BLOCKS))
 
-# ------------------------------------------------------------------------------------ augmentation
+
+@dataclasses.dataclass
+class Pretrain:
+    """The ImageNet recipe of a ViT (authors' code). Every field is also a flag: --base-lr 1e-4."""
+
+    arch: Literal[ARCHS] = "vit_small"  # vit_conv_*: a stem of convolutions, arXiv:2106.14881
+    width: float = 1.0                  # of a ResNet: multiplies all channel counts
+    small_images: bool = False          # a ResNet's 3x3 stem; test images without a margin
+    zero_init_residual: bool = True     # of a ResNet: authors' code
+    patch_size: int = 16                # pixels, Table 2. vit_huge: 14. Sec. 6.3: 7
+    heads: int = 0                      # 0: Table 2's. vit_small has 12 (timm's and DeiT's: 6)
+    mlp_norm: Literal["layer", "batch"] = "layer"  # batch: ViT-BN, Sec. 6.3
+    position: Literal["sincos", "learned", "none"] = "sincos"  # Sec. 6.2
+    pooling: Literal["class", "mean", "mean-no-norm"] = "class"  # Sec. 6.2
+    patch_projection: Literal["frozen", "learned", "batchnorm", "weightnorm"] = "frozen"  # Sec. 4.2
+    projector_layers: int = 3
+    hidden_dim: int = 4096              # of both heads
+    dim: int = 256                      # C
+    predictor: Literal["mlp", "none"] = "mlp"  # Sec. 6.2: none 75.5 %, mlp 76.5 %
+    predictor_output_bn: bool = True
+    bn: Literal["none", "default"] = "default"  # in the heads. Sec. 6.2: none 74.4 %, batch 2048
+    # optimization
+    optimizer: Literal["adamw", "lars", "lamb"] = "adamw"  # Sec. 4.1: lamb, lr 5e-4, decay 1e-3
+    epochs: int = 300
+    batch_size: int = 4096              # of all processes together
+    base_lr: float = 1.5e-4             # lr = base_lr * batch_size / 256
+    warmup_epochs: float = 40.0
+    momentum: float = 0.9               # of LARS
+    weight_decay: float = 0.1           # AdamW: also on norms and biases
+    temperature: float = 0.2            # tau
+    ema_momentum: float = 0.99          # m at the start. Sec. 6.2: 0, 0.9, 0.999
+    ema_schedule: Literal["cosine", "constant"] = "cosine"  # to 1 at the end
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 where native; ours
+    grad_checkpoint: bool = False       # of a ViT: less memory, every block is computed twice
+    clip_patch_grad: float = 0.0        # Sec. 4.2: largest norm of the patch projection's gradient
+    # augmentation; a pair is for the first and the second view: App. A, authors' code
+    image_size: int = 224
+    crop_min: float = 0.08              # smallest crop, as a fraction of the image's area
+    jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    blur_prob: tuple = (1.0, 0.1)
+    solarize_prob: tuple = (0.0, 0.2)
+    mean: tuple = (0.485, 0.456, 0.406)  # of ImageNet
+    std: tuple = (0.229, 0.224, 0.225)
+    # monitors
+    knn_every_steps: int = 50           # kNN within epochs. App. A: tens of iterations; 0: never
+    knn_k: int = 200                    # App. A refers to arXiv:1805.01978, which has these two
+    knn_temperature: float = 0.07
 
 
-def augment(x: Tensor, u: Tensor, args, view: int) -> Tensor:
-    """Second stage of view 0 or 1, on the device (App. A): colours, blur, solarise, normalisation.
+@dataclasses.dataclass
+class Linear:
+    """Linear evaluation on ImageNet of a ViT: the authors' code."""
 
-    x [N, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
-    and `resized_crop` below). u [N, COLOUR_DRAWS]: uniform random numbers, each image's own.
-    """
-    x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
-    x = grayscale(x, u[:, 9], args.gray_prob)
-    x = gaussian_blur(x, u[:, 10:12], args.blur_prob[view], sigma=(0.1, 2.0))  # authors' code
-    x = solarize(x, u[:, 12], args.solarize_prob[view])
+    optimizer: Literal["sgd", "larc"] = "sgd"  # larc: SimSiam's
+    base_lr: float = 3.0
+    epochs: int = 90
+    batch_size: int = 1024
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    crop_min: float = 0.08              # torchvision's default
+    init_encoder: Literal["encoder", "momentum_encoder"] = "encoder"  # which one of --init
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+
+
+R50 = dataclasses.replace(  # authors' code. The heads are not a ViT's
+    Pretrain(), arch="resnet50", projector_layers=2, predictor_output_bn=False, optimizer="lars",
+    epochs=100, base_lr=0.6, warmup_epochs=10.0, weight_decay=1e-6, temperature=1.0, crop_min=0.2)
+SMALL = dict(  # 32 px, where neither paper nor code has a recipe: what solo-learn does, and ours
+    small_images=True, image_size=32, crop_min=0.2, blur_prob=(0.0, 0.0),
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), knn_every_steps=20)
+CIFAR = dataclasses.replace(  # ours
+    Pretrain(), arch="vit_tiny", patch_size=4, epochs=800, batch_size=512, base_lr=5e-4, **SMALL)
+CIFAR_RESNET = dataclasses.replace(  # solo-learn's, whose lr 0.3 is for a LARS with trust 0.02
+    R50, arch="resnet18", epochs=1000, batch_size=256, base_lr=6.0, temperature=0.2, **SMALL)
+DEMO = dataclasses.replace(  # shrunk to run in a minute on two CPU cores: ours
+    CIFAR, arch="vit_mini", patch_size=8, hidden_dim=512, dim=128, epochs=6, batch_size=96,
+    base_lr=1e-2, warmup_epochs=0.9, ema_momentum=0.5, crop_min=0.75, solarize_prob=(0.0, 0.0),
+    mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+CIFAR_LINEAR = Linear("sgd", 3.0, 100, 256, crop_min=1)  # ours: no crops
+RECIPES = {
+    "pretrain": {
+        "imagenet": Pretrain(),  # vit_base too; vit_large and vit_huge: ours
+        "imagenet-r50-100": R50,
+        "imagenet-r50-300": dataclasses.replace(R50, epochs=300, base_lr=0.3),
+        "imagenet-r50-1000": dataclasses.replace(
+            R50, epochs=1000, base_lr=0.3, weight_decay=1.5e-6, ema_momentum=0.996),
+        "cifar": CIFAR, "cifar-resnet": CIFAR_RESNET, "demo": DEMO,
+        "stl10": dataclasses.replace(CIFAR, image_size=96),  # ours, both
+        "stl10-resnet": dataclasses.replace(CIFAR_RESNET, image_size=96)},
+    "linear": {
+        "imagenet": Linear(), "demo": Linear(epochs=30, batch_size=256, crop_min=1.0),
+        **{f"imagenet-r50-{epochs}": Linear(base_lr=0.1) for epochs in (100, 300, 1000)},
+        **dict.fromkeys(("cifar", "stl10"), CIFAR_LINEAR),
+        **{f"{x}-resnet": Linear("sgd", 0.1, 100, 256, crop_min=1) for x in ("cifar", "stl10")}}}
+ENCODER = ("arch", "width", "small_images", "zero_init_residual", "patch_size", "heads", "mlp_norm",
+           "position", "pooling", "patch_projection", "image_size", "mean", "std")
+
+# ------------------------------------------------------------------------------------- augmentation
+
+COLOR_DRAWS = 13  # uniform random numbers that augment takes for one view of one image
+
+
+def augment(x: Tensor, u: Tensor, args) -> Tensor:
+    """Colors, blur, solarization, normalization (App. A) of x [2b, 3, S, S] in [0, 1]: crops that
+    batches() has made and flipped, first views first. u [2b, COLOR_DRAWS]: uniform numbers."""
+    u_jitter, u_gray, u_blur, u_solarize = u.split([9, 1, 2, 1], dim=1)
+    blur, solar = (torch.tensor(pair, dtype=u.dtype).repeat_interleave(len(x) // 2)
+                   for pair in (args.blur_prob, args.solarize_prob))  # [2b], on the CPU like u
+    x = color_jitter(x, u_jitter, args.jitter, args.jitter_prob)
+    x = grayscale(x, u_gray[:, 0], args.gray_prob)
+    x = gaussian_blur(x, u_blur, blur, sigma=(0.1, 2.0))
+    x = solarize(x, u_solarize[:, 0], solar)
     return normalize(x, args.mean, args.std)
 
 
-def two_views(batch, args) -> tuple[Tensor, Tensor]:
-    crops, draws = batch.crops.chunk(2), batch.colours.chunk(2)
-    return augment(crops[0], draws[0], args, view=0), augment(crops[1], draws[1], args, view=1)
-
-
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def build_encoder(args) -> nn.Module:
-    """Images [N, 3, S, S] -> features [N, feature_dim]: the backbone, what one keeps."""
+    """The backbone, the part that is kept: images [N, 3, S, S] -> features [N, feature_dim]."""
     if args.arch.startswith("resnet"):
         return resnet(int(args.arch.removeprefix("resnet")), args.width,
                       small_images=args.small_images, zero_init_residual=args.zero_init_residual)
-    frozen = args.patch_projection == "frozen"
-    encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size,
-                  heads=args.heads, stem=args.stem, mlp_norm=args.mlp_norm, position=args.position,
-                  pooling=args.pooling, patch_projection="frozen" if frozen else "learned",
-                  grad_checkpoint=getattr(args, "grad_checkpoint", False))
-    if args.patch_projection == "batchnorm":  # Sec. 4: neither of the two helps
+    *conv, size = args.arch.removeprefix("vit_").split("_")
+    projection = "learned" if conv else args.patch_projection  # conv: nothing is frozen there
+    encoder = vit(size, args.image_size, args.patch_size, heads=args.heads,
+                  stem="conv" if conv else "patch", mlp_norm=args.mlp_norm, position=args.position,
+                  pooling=args.pooling, grad_checkpoint=getattr(args, "grad_checkpoint", False),
+                  patch_projection="frozen" if projection == "frozen" else "learned")
+    if projection == "batchnorm":  # Sec. 4.2: neither of the two helps
         encoder.patch_embed.norm = nn.BatchNorm2d(encoder.feature_dim)
-    elif args.patch_projection == "weightnorm":
+    elif projection == "weightnorm":
         nn.utils.parametrizations.weight_norm(encoder.patch_embed.proj)
     return encoder
 
 
-def head(layers: int, in_dim: int, hidden_dim: int, out_dim: int, bn: bool,
-         output_bn: bool) -> nn.Sequential:
-    """Linear layers without bias, a BN and ReLU between them; the output's BN has no scale and no
-    shift (authors' code, of both)."""
+def head(layers: int, in_dim: int, hidden_dim: int, out_dim: int, bn: bool, output_bn: bool):
+    """Linear layers without bias, BN, ReLU. BN at the output has no scale and no shift."""
     modules = []
-    for i in range(layers):
-        last = i == layers - 1
-        width = out_dim if last else hidden_dim
-        modules.append(nn.Linear(in_dim, width, bias=False))
-        if bn and (output_bn or not last):
-            modules.append(nn.BatchNorm1d(width, affine=not last))
-        if not last:
-            modules.append(nn.ReLU(inplace=True))
-        in_dim = width
-    return nn.Sequential(*modules)
+    for _ in range(layers - 1):
+        norm = [nn.BatchNorm1d(hidden_dim)] if bn else []
+        modules += [nn.Linear(in_dim, hidden_dim, bias=False), *norm, nn.ReLU(inplace=True)]
+        in_dim = hidden_dim
+    norm = [nn.BatchNorm1d(out_dim, affine=False)] if bn and output_bn else []
+    return nn.Sequential(*modules, nn.Linear(in_dim, out_dim, bias=False), *norm)
 
 
 class MoCoV3(nn.Module):
-    """f_q = predictor(projector(encoder(.))) and f_k = momentum_projector(momentum_encoder(.)).
-
-    encoder maps images [N, 3, S, S] to [N, encoder.feature_dim]. The defaults are a ViT's; a ResNet
-    takes projector_layers=2, predictor_output_bn=False (authors' code). bn "none": no batch norm
-    in the heads, predictor "none": f_q ends with the projector (both Sec. 6.2).
-    """
+    """f_q = predictor(projector(encoder(x))), f_k = momentum_projector(momentum_encoder(x)). The
+    defaults are a ViT's; a ResNet takes projector_layers=2, predictor_output_bn=False."""
 
     def __init__(self, encoder: nn.Module, dim: int = 256, hidden_dim: int = 4096,
                  projector_layers: int = 3, predictor: str = "mlp",
@@ -250,19 +237,22 @@ class MoCoV3(nn.Module):
             self.predictor = head(2, dim, hidden_dim, dim, bn, predictor_output_bn)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d)  # they would mix the views
+        self.one_pass = not any(isinstance(module, norms) for module in encoder.modules())
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Two views [N, 3, S, S] -> q1, q2, k1, k2 [N, C], and the features of x1, for the kNN."""
-        h1, h2 = self.encoder(x1), self.encoder(x2)
+        views = [torch.cat([x1, x2])] if self.one_pass else [x1, x2]
+        h1, h2 = torch.cat([self.encoder(x) for x in views]).chunk(2)
         q1, q2 = self.predictor(self.projector(h1)), self.predictor(self.projector(h2))
         with torch.no_grad():
-            k1 = self.momentum_projector(self.momentum_encoder(x1))
-            k2 = self.momentum_projector(self.momentum_encoder(x2))
+            g1, g2 = torch.cat([self.momentum_encoder(x) for x in views]).chunk(2)
+            k1, k2 = self.momentum_projector(g1), self.momentum_projector(g2)
         return q1, q2, k1, k2, h1.detach()
 
     @torch.no_grad()
     def update_momentum_encoder(self, m: float) -> None:
-        """f_k = m * f_k + (1 - m) * f_q (Alg. 1): parameters alone, the predictor's none."""
+        """f_k = m * f_k + (1 - m) * f_q: all parameters of encoder and projector, no buffers."""
         update_ema([*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()],
                    [*self.encoder.parameters(), *self.projector.parameters()], m)
 
@@ -272,114 +262,40 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
     torch._foreach_lerp_(target, online, 1 - m)
 
 
-# -------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """ctr(q, k) of Alg. 1: which of all keys is the query's? The mean over this process's queries.
-
-    q, k [N, C] of one process, rows of one index from one image -> [], in float32 at least. The
-    keys of all processes are the classes, and get no gradient; the mean over processes is the
-    global batch's loss. The factor 2 tau makes results depend less on tau (Alg. 1).
-    """
-    q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k))
+    """ctr(q, k) of Alg. 1: which key, of those of all processes, belongs to the query? q, k [N, C],
+    row i from image i of this process -> [], the mean over its queries, in float32 at least; the
+    mean over processes is the loss of the global batch. Keys get no gradient. With the factor 2 tau
+    the size of the gradient hardly depends on tau (Alg. 1)."""
+    q, k = (x.float() if x.element_size() == 2 else x for x in (q, k))  # not in half precision
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
         q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
         logits = q @ k.T / temperature  # [N, processes * N]
-        labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # this rank's keys
+        labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # this process's keys
         return 2 * temperature * F.cross_entropy(logits, labels)
 
 
 def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
-    """The symmetrised loss when all n > 1 keys look alike, and the least there is: positives equal,
-    negatives spread evenly (cosine -1 / (n - 1); Jensen's inequality). Ours, not the paper's."""
+    """L when all n > 1 keys are equal; and its minimum, where positives are equal and negatives
+    have cosine -1 / (n - 1), by Jensen's inequality. Ours."""
     floor = math.log1p((n - 1) * math.exp(-n / (n - 1) / temperature))
     return 4 * temperature * math.log(n), 4 * temperature * floor
 
 
-# ---------------------------------------------------------------------------------------- training
-
-
-def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
-    """AdamW for ViT, which decays everything; LARS for ResNet, LAMB: biases and norms apart."""
-    params = [p for p in model.parameters() if p.requires_grad]  # not f_k, nor what is frozen
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=0.0, weight_decay=args.weight_decay,
-                                 fused=args.device.type in ("cpu", "cuda"))
-    if args.optimizer == "lamb":
-        return LAMB(params, lr=0.0, weight_decay=args.weight_decay)
-    return LARS(params, lr=0.0, weight_decay=args.weight_decay, momentum=args.momentum)
-
-
-def warmup_cosine(epoch: float, args) -> float:
-    """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
-    by step (MoCo v3's code). With a warm-up the first step of all has lr 0."""
-    if epoch < args.warmup_epochs:
-        return epoch / args.warmup_epochs
-    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
-def momentum_schedule(epoch: float, args) -> float:
-    """m: by half a cosine from its start to 1 over the whole run (authors' code), or constant."""
-    if args.ema_schedule == "constant":
-        return args.ema_momentum
-    return 1 - (1 - args.ema_momentum) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
-
-
-def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (the first block's
-    qkv where that is frozen) and last block; a ResNet's first convolution and last block."""
-    if isinstance(encoder, ViT):
-        first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
-        first = first or [*encoder.blocks[0].attn.qkv.parameters()]
-        return first, [*encoder.blocks[-1].parameters()]
-    return [encoder.conv1.weight], [*encoder.layer4[-1].parameters()]
-
-
-def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, m: float, args):
-    """One iteration of Algorithm 1. x1, x2 [N, 3, S, S]; epoch: passes over the data so far, a
-    fraction within one; m: of the update. Returns, all detached, the loss [], q1 [N, C], the
-    features of x1 [N, feature_dim], and the gradient norms of first and last layer [2]."""
-    module = getattr(model, "module", model)
-    lr = args.base_lr * args.batch_size / 256  # linear scaling, of the global batch (paper's text)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * warmup_cosine(epoch, args)
-    with autocast(args):
-        q1, q2, k1, k2, h1 = model(x1, x2)
-    loss = (contrastive_loss(q1, k2, args.temperature)  # crossed: the views of a pair differ
-            + contrastive_loss(q2, k1, args.temperature))
-    optimizer.zero_grad()
-    loss.backward()
-    norms = torch.stack([torch.stack(torch._foreach_norm([p.grad for p in layer])).norm()
-                         for layer in first_and_last_layer(module.encoder)])
-    if args.clip_patch_grad:  # Sec. 4: helps if the threshold is small enough
-        nn.utils.clip_grad_norm_(module.encoder.patch_embed.parameters(), args.clip_patch_grad)
-    optimizer.step()
-    module.update_momentum_encoder(m)
-    return loss.detach(), q1.detach(), h1, norms
-
-# ==================================================================================================
-# Here the method ends. What follows is LAMB, for a row of the study, and the machinery that all
-# five scripts share, kept equal to the letter by tests/test_copies.py: command line, processes,
-# data, kNN, run folder, loop; and, at the end, the stages, which call what stands above.
-# ==================================================================================================
-
-# -------------------------------------------------------------------------------------------- LAMB
+# ----------------------------------------------------------------------------------------- training
 
 
 class LAMB(torch.optim.Optimizer):
-    """Layer-wise adaptive Adam (You et al., arXiv:1904.00962, Alg. 2): AdamW as LARS is to SGD.
+    """Layer-wise adaptive Adam (You et al., arXiv:1904.00962, Alg. 2). At the t-th step of w:
 
-    For a weight w with gradient g, at its t-th step:
-
-        a = b1 * a + (1 - b1) * g;   b = b2 * b + (1 - b2) * g^2
+        a = b1 * a + (1 - b1) * g;   b = b2 * b + (1 - b2) * g^2          # g: the gradient
         u = (a / (1 - b1^t)) / (sqrt(b / (1 - b2^t)) + eps) + weight_decay * w
-        w = w - lr * (|w| / |u|) * u                 # the ratio is 1 where either norm is 0
+        w = w - lr * (|w| / |u|) * u                          # the ratio is 1 if either norm is 0
 
-    One-dimensional parameters (biases, norms) are neither decayed nor adapted, as in LARS here (our
-    choice; MoCo v3 gives lr and weight decay, Sec. 4.1, no more). b1, b2, eps and the ratio without
-    bounds: LAMB's paper, recalled.
+    Biases and norms (1-D parameters) are neither decayed nor adapted, as in LARS: our choice.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
@@ -388,1573 +304,697 @@ class LAMB(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            by_step = {}  # parameters of one age have one bias correction
-            for p in params:
-                state = self.state[p]
+            b1, b2 = group["betas"]
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                state, g = self.state[w], w.grad
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(p),
-                                 exp_avg_sq=torch.zeros_like(p))
-                state["step"] += 1
-                by_step.setdefault((state["step"], p.ndim > 1), []).append(p)
-            for (t, adapted), weights in by_step.items():
-                for part in in_cache(weights):
-                    self.update(part, t, adapted, group)
+                    state.update(t=0, a=torch.zeros_like(w), b=torch.zeros_like(w))
+                state["t"] += 1
+                a = state["a"].lerp_(g, 1 - b1)
+                b = state["b"].mul_(b2).addcmul_(g, g, value=1 - b2)
+                u = a / (1 - b1 ** state["t"])
+                u /= (b / (1 - b2 ** state["t"])).sqrt() + group["eps"]
+                if w.ndim > 1:
+                    u.add_(w, alpha=group["weight_decay"])
+                    w_norm, u_norm = w.norm(), u.norm()
+                    u *= torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+                w.add_(u, alpha=-group["lr"])
         return loss
 
-    def update(self, weights: list[Tensor], t: int, adapted: bool, group: dict) -> None:
-        (b1, b2), grads = group["betas"], [p.grad for p in weights]
-        a = [self.state[p]["exp_avg"] for p in weights]
-        b = [self.state[p]["exp_avg_sq"] for p in weights]
-        torch._foreach_lerp_(a, grads, 1 - b1)
-        torch._foreach_mul_(b, b2)
-        torch._foreach_addcmul_(b, grads, grads, value=1 - b2)
-        scale = torch._foreach_div(b, 1 - b2**t)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, group["eps"])
-        u = torch._foreach_div(a, 1 - b1**t)
-        torch._foreach_div_(u, scale)
-        if adapted:
-            torch._foreach_add_(u, weights, alpha=group["weight_decay"])
-            w_norm = torch.stack(torch._foreach_norm(weights))
-            u_norm = torch.stack(torch._foreach_norm(u))
-            ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
-            torch._foreach_mul_(u, list(ratio.unbind()))
-        torch._foreach_add_(weights, u, alpha=-group["lr"])
+
+def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
+    """AdamW for a ViT, with weight decay on everything; LARS for a ResNet."""
+    params = [p for p in model.parameters() if p.requires_grad]  # not f_k, nor what is frozen
+    fused = args.device.type in ("cpu", "cuda")
+    kind = {"adamw": functools.partial(torch.optim.AdamW, fused=fused), "lamb": LAMB,
+            "lars": functools.partial(LARS, momentum=args.momentum)}[args.optimizer]
+    return kind(params, lr=0.0, weight_decay=args.weight_decay)
 
 
-# ------------------------------------------------------------------------------------ command line
+def warmup_cosine(epoch: float, args) -> float:
+    """Factor on the lr: linear from 0 over the warm-up, then half a cosine to 0, at every step."""
+    if epoch < args.warmup_epochs:
+        return epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
-# same as simsiam.py
-class UserError(Exception):
-    """A mistake of the user's: ends the program with one sentence and exit code 2."""
+def momentum_schedule(epoch: float, args) -> float:
+    """m: half a cosine from its start to 1 over the whole run (authors' code), or constant."""
+    if args.ema_schedule == "constant":
+        return args.ema_momentum
+    return 1 - (1 - args.ema_momentum) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 
-# same as simsiam.py
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (the first block's
+    qkv where that is frozen) and last block; a ResNet's first convolution and last block."""
+    if not isinstance(encoder, ViT):
+        return [encoder.conv1.weight], [*encoder.layer4[-1].parameters()]
+    first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
+    return first or [*encoder.blocks[0].attn.qkv.parameters()], [*encoder.blocks[-1].parameters()]
 
 
-# same as simsiam.py
-ABOVE_ZERO = {"width", "dim", "projector_layers", "predictor_dim", "patch_size", "image_size",
-              "std", "epochs", "batch_size", "base_lr", "accumulate", "log_every", "crop_min",
-              "sigma", "temperature", "alpha", "knn_k", "knn_temperature"}
+def train_step(model, optimizer, x1: Tensor, x2: Tensor, epoch: float, m: float, args):
+    """One iteration of Algorithm 1; epoch may be fractional -> loss [], q1 [N, C], features of x1
+    [N, feature_dim], gradient norms of first and last layer [2], all detached."""
+    module = getattr(model, "module", model)
+    lr = args.base_lr * args.batch_size / 256  # linear scaling
+    for group in optimizer.param_groups:
+        group["lr"] = lr * warmup_cosine(epoch, args)
+    with autocast(args):
+        q1, q2, k1, k2, h1 = model(x1, x2)
+    loss = (contrastive_loss(q1, k2, args.temperature)  # crossed: query and key of different views
+            + contrastive_loss(q2, k1, args.temperature))
+    optimizer.zero_grad()
+    loss.backward()
+    norms = torch.stack([torch.stack(torch._foreach_norm([p.grad for p in layer])).norm()
+                         for layer in first_and_last_layer(module.encoder)])
+    if args.clip_patch_grad and isinstance(module.encoder, ViT):  # Sec. 4.2: helps if small enough
+        nn.utils.clip_grad_norm_(module.encoder.patch_embed.parameters(), args.clip_patch_grad)
+    optimizer.step()
+    module.update_momentum_encoder(m)
+    return loss.detach(), q1.detach(), h1, norms
 
 
-# same as simsiam.py
-def recipes(kind: str, arch: str | None) -> list[str]:
-    """The recipes of a kind ("imagenet"); of these the ones of arch's family, if there are such."""
-    names = [name for name in RECIPE_NAMES if name.split("-")[0] == kind]
-    same = [name for name in names
-            if arch and arch[:3] == PRETRAIN["arch"][RECIPE_NAMES.index(name)][:3]]
-    return same or names
+def pretrain(args) -> None:
+    data = load_data(args)
+    model = MoCoV3(load_encoder(args), args.dim, args.hidden_dim, args.projector_layers,
+                   args.predictor, args.predictor_output_bn, args.bn)
+    net = distribute(model, args)
+    optimizer = build_optimizer(model, args)
+    per_epoch = data.size // args.batch_size  # the rest of an epoch is dropped
+    total = args.epochs * per_epoch
+    start, stop = resume(model, optimizer, total, args)
+    if start == 0 and args.knn_every:
+        log_knn(model.encoder, 0, 0, data, args)
+    chance, floor = chance_and_floor(args.batch_size, args.temperature)
+    largest = torch.zeros(2, device=args.device, dtype=args.dtype)
+    knn_every = args.knn_every_steps if args.knn_every and data.val is not None else 0
+    queue = collections.deque(maxlen=max(1, per_epoch // 10) if knn_every else 0)
+    step, logged, began, saved = start, start, time.time(), time.time()
+    for step, crops, labels in training_batches(data.train, start, stop, 2, args):
+        u = draws(args.seed, "colour", step, args.batch_size, 2, COLOR_DRAWS)
+        x1, x2 = augment(crops, u.transpose(0, 1).flatten(0, 1), args).chunk(2)  # u [2b, 13]
+        m = momentum_schedule((step + 1) / per_epoch, args)  # of the next step: see the docstring
+        loss, q, h, norms = train_step(net, optimizer, x1, x2, step / per_epoch, m, args)
+        torch.maximum(largest, norms, out=largest)  # since the last log line: no spike is lost
+        step += 1
+        if step == 1:
+            save_views(torch.cat([x1[:8], x2[:8]]), args)
+        queue.append((h, labels))
+        if knn_every and step % knn_every == 0 and len(queue) == queue.maxlen:
+            log_queue_knn(model.encoder, queue, step / per_epoch, step, data.val, args)
+        epoch, left = divmod(step, per_epoch)
+        if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
+            loss, halt = agree(loss, model)  # only logged steps wait for the GPU
+            q, seconds = all_gather(q)[:512].cpu(), (time.time() - began) / (step - logged)
+            std, dimensions, (first, last) = feature_std(q), effective_rank(q), largest.tolist()
+            log(args, epoch=step / per_epoch, step=step, loss=loss,
+                lr=optimizer.param_groups[0]["lr"], std=std, rank=dimensions, chance=chance,
+                floor=floor, grad_first=first, grad_last=last, m=m,
+                images_per_s=args.batch_size / seconds, minutes_left=(stop - step) * seconds / 60)
+            largest.zero_()
+            if left == 0 and args.knn_every and (epoch % args.knn_every == 0 or step == total):
+                log_knn(model.encoder, epoch, step, data, args)
+            if halt or step == stop or time.time() - saved > 60 * (args.save_every if left else 1):
+                save(model, model.encoder, optimizer, step, args)
+                saved = time.time()
+            if halt:
+                break
+            logged, began = step, time.time()
+    summarize(step, total, args)
+    report_dip(args)
+    if step > start and args.batch_size > 8 and (std < 0.1 or dimensions < 2):  # thresholds: ours
+        print0("The output has collapsed: nearly to a point (std 0) or a line (rank 1).")
 
 
-# same as simsiam.py
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags over recipe: every field of the stage's table, and what is not about the method."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+@torch.no_grad()
+def log_queue_knn(encoder: nn.Module, queue, epoch: float, step: int, val, args) -> None:
+    """The paper's kNN monitor within epochs (App. A). Its bank is a queue of the features [b,
+    feature_dim] and labels [b] of the latest training batches, a tenth of the training set."""
+    bank, labels = (all_gather(torch.cat(part)) for part in zip(*queue))
+    bank, labels = bank[labels >= 0], labels[labels >= 0]  # STL-10 has images without
+    every = math.ceil(len(val.labels) / 1000)  # at most 1,000 queries: ours, for speed
+    val = Images(*(x if x is None else x[::every] for x in vars(val).values()))
+    queries = features(encoder, val, args)
+    encoder.train()
+    k = min(args.knn_k, max(1, len(bank) // 20))  # ours, for a short queue
+    accuracy = knn_accuracy(bank, labels, *queries, k, args.knn_temperature)
+    log(args, epoch=epoch, step=step, knn_queue=accuracy)
+
+
+def report_dip(args) -> None:
+    """Print the largest fall of the kNN curve below its maximum so far. Where it is more than
+    noise, it is the instability that the final accuracy hides (Sec. 4.1)."""
+    lines = Path(args.out, "log.jsonl").read_text().splitlines() if rank() == 0 else []
+    curve = [(x["step"], x["knn_queue"]) for x in map(json.loads, lines) if "knn_queue" in x]
+    if curve:  # noise: three standard errors of 1,000 queries
+        steps, knn = np.array(curve).T
+        falls = np.maximum.accumulate(knn) - knn
+        where = steps[falls.argmax()]
+        print(f"knn_queue fell by up to {falls.max():.1%}, at step {where:.0f}; noise: 4.7%")
+
+
+# -------------------------------------------------------------------------------- linear evaluation
+
+
+def linear(args) -> None:
+    """A linear classifier on the frozen encoder: random crops and flips, cosine decay per epoch."""
+    data = load_data(args)
+    if data.val is None:
+        sys.exit(f"linear needs labels: {args.data} has no train/ and val/ with a folder per class")
+    encoder = load_encoder(args).requires_grad_(False).eval()
+    fc = nn.Linear(encoder.feature_dim, data.num_classes)
+    nn.init.normal_(fc.weight, std=0.01)  # authors' code
+    nn.init.zeros_(fc.bias)
+    net = distribute(fc, args)
+    lr = args.base_lr * args.batch_size / 256
+    opt = torch.optim.SGD if args.optimizer == "sgd" else functools.partial(LARS, exclude_1d=False)
+    optimizer = opt(fc.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    per_epoch = data.size // args.batch_size
+    total = args.epochs * per_epoch
+    start, stop = resume(fc, optimizer, total, args)
+    h, y = features(encoder, data.val, args)  # once, as the encoder is frozen
+    step, logged, began, saved = start, start, time.time(), time.time()
+    for step, crops, labels in training_batches(data.train, start, stop, 1, args):
+        progress = step // per_epoch / args.epochs
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * progress)) / 2
+        with torch.no_grad(), autocast(args):
+            features_of_crops = encoder(normalize(crops, args.mean, args.std))
+        loss = F.cross_entropy(net(features_of_crops.to(args.dtype)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        left = step % per_epoch
+        if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
+            loss, halt = agree(loss.detach(), fc)
+            seconds = (time.time() - began) / (step - logged)
+            top1 = (fc(h).argmax(dim=1) == y).sum().item() / len(y)
+            log(args, epoch=step / per_epoch, step=step, loss=loss, top1=top1,
+                lr=optimizer.param_groups[0]["lr"], images_per_s=args.batch_size / seconds,
+                minutes_left=(stop - step) * seconds / 60)
+            if halt or step == stop or time.time() - saved > 60 * (args.save_every if left else 1):
+                save(fc, encoder, optimizer, step, args)
+                saved = time.time()
+            if halt:
+                break
+            logged, began = step, time.time()
+    summarize(step, total, args)
+
+
+STAGES = {"pretrain": pretrain, "linear": linear}
+
+# ---------------------------------------------------------------------------------------- plumbing
+# From here to the end all scripts are the same to the letter. First the command line.
+
+DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
+AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
+                ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
+                ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
+STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
+
+
+def recipe(stage: str, name: str) -> dict:
+    """All settings of a recipe: the stage's own, and those of the encoder that it works on."""
+    encoder = {field: getattr(RECIPES["pretrain"][name], field) for field in ENCODER}
+    return {**encoder, **vars(RECIPES[stage][name])}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line. Reads no file: what it leaves open is None until settle() fills it in."""
+    stage, *argv = argv if argv and argv[0] in STAGES else ["pretrain", *argv]
+    parser = argparse.ArgumentParser(
+        usage=f"{SCRIPT}.py [{'|'.join(STAGES)}] [flags]", description=__doc__, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 40, 100))
     add = parser.add_argument
-    add("stage", nargs="?", default="pretrain", choices=TABLES)
-    add("--data", default="demo", metavar="NAME|FOLDER",
-        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a "
-             "folder per class, or any tree of images without labels")
-    add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
-    add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
-    add("--out", help="run folder (default: runs/<script>-<data>)")
-    add("--init", help="weights: a run's last.pt or encoder.pt, an official checkpoint, or none")
-    add("--fresh", action="store_true", help="start over, though --out holds a run")
-    add("--seed", type=int, default=0)
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-    add("--workers", type=int, help="loader processes (default: this process's share of the cores)")
-    add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
-    add("--accumulate", type=int, default=1, help="split each batch into so many parts")
-    add("--log-every", type=int, default=50, help="steps (default: 50)")
-    add("--knn-every", type=int, default=1, help="epochs (default: 1); 0: never")
-    add("--save-every", type=float, default=10, help="minutes (default: 10) and every epoch's end")
-    add("--keep-every", type=int, default=0, help="epochs between checkpoints kept (default: none)")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--tensorboard", action="store_true", help="write event files too")
-    group = parser.add_argument_group("recipe: one flag a field; see the tables in the script")
-    names = [*dict.fromkeys(name for table in TABLES.values() for name in table)]
-    for name in names:
-        values = next(table[name] for table in TABLES.values() if name in table)
-        how = {"type": type(values[0]), "choices": CHOICES.get(name)}
-        if isinstance(values[0], bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(values[0], tuple):
-            how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
-        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                           help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
-    args = parser.parse_args(argv)
+    add("--data", help="demo (default), cifar10, cifar100, stl10, or a folder: train/ and val/ "
+                       "with a folder per class, or any tree of images")
+    add("--data-root", help="where torchvision stores its data sets (default: data)")
+    add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
+        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
+        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
+    add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
+    add("--workers", type=int, help="data loading processes, for each GPU (default: all cores)")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
+    add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; at an epoch's end 1")
+    rows = {name: recipe(stage, name) for name in RECIPES[stage]}
+    types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
+    group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
+    for name, value in rows["imagenet"].items():
+        kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
+                {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
+                {"type": type(value), "choices": get_args(types[name]) or None})
+        text = [str(value), *(f"{x} {rows[x][name]}" for x in rows if rows[x][name] != value)]
+        group.add_argument("--" + name.replace("_", "-"), help=", ".join(text), **kind)
+    return parser.parse_args(argv, argparse.Namespace(stage=stage))
 
+
+def settle(args) -> argparse.Namespace:
+    """Fills in what the command line left open, from the file of --init or from the recipe."""
+    file = args.initial = {} if args.init == "none" else read_checkpoint(
+        args.init, "--init takes a run's last.pt or encoder.pt, or the weights of an encoder")
+    beside = Path(args.init).with_suffix(".json")  # of encoder.pt
+    about = json.loads(beside.read_text()) if beside.exists() else file.get("config", {}) | file
+    defaults = {"data_root": "data"} | ({"data": "demo"} if args.stage == "pretrain" else {
+        x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
+    vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
+    if args.data is None:
+        sys.exit(f"{args.init} does not say which images to use: give --data")
+    if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
+        sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
+    if args.recipe not in RECIPES[args.stage]:
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
+                            and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
+    settings = recipe(args.stage, args.recipe)
+    vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
+    if args.arch not in ARCHS:
+        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
     for name, value in vars(args).items():
-        least = "above 0" if name in ABOVE_ZERO else "0 or more"
-        share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
-        most = 1 if share else 1e18  # below what 64 bits hold
-        for x in value if isinstance(value, list) else [value]:
-            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name not in ABOVE_ZERO):
-                raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}, at "
-                                f"most {most:g}")
-    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
-             "stl10": "stl10" if "stl10" in RECIPE_NAMES else "cifar"}
-    args.given = {name: value for name, value in vars(args).items() if name in names}
-    asked, fitting = args.recipe, recipes(kinds.get(args.data, "imagenet"), args.given.get("arch"))
-    args.recipe = asked or fitting[0]
-    column = RECIPE_NAMES.index(args.recipe)
-    fields = {name: PRETRAIN[name][column] for name in ENCODER}
-    fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
-    if args.data == "stl10":
-        fields["image_size"] = 96  # its size
-    for name in args.given.keys() - fields.keys():
-        raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
-    args.fields = sorted(fields)
-    vars(args).update(fields | args.given)
-    args.given |= {"recipe": asked} if asked else {}
-
-    if args.stage not in ("pretrain", "distill") and not args.init:
-        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
-                        "checkpoint, or none for random weights")
-    args.init = None if args.init == "none" else args.init
-    if args.stage in ("pretrain", "finetune", "distill") and args.accumulate > 1:
-        raise UserError("--accumulate would change the method, whose batch norm sees the whole "
-                        "batch: take a smaller --batch-size or more processes")
-    name = f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
-    args.out = args.out or os.path.join(
-        "runs", name + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+        most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
+        for x in value if type(value) in (list, tuple) else [value]:
+            if type(x) in (int, float) and not (least := AT_LEAST.get(name, 0)) <= x <= most:
+                sys.exit(f"--{name.replace('_', '-')} {x}: must be between {least} and {most}")
+    if vars(args).get("warmup_epochs", 0) >= args.epochs:
+        sys.exit(f"--warmup-epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    name = os.path.basename(os.path.abspath(args.data))
+    weights = file.get("state_dict", file.get("model", file)).values()
+    data = b"".join(x.float().numpy().tobytes() for x in weights if torch.is_tensor(x))
+    args.config = {x: getattr(args, x) for x in ("stage", "seed", *settings)} | {
+        "data": name, "init": hashlib.blake2b(data, digest_size=8).hexdigest() if file else "none"}
+    args.out = args.out or f"runs/{SCRIPT}-{name}" + f"-{args.stage}" * (args.stage != "pretrain")
     return args
 
 
-def check(args) -> None:
-    """What the flags and --init make together must be buildable."""
-    flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
-    if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
-        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the "
-                        "least")
-    given = args.given.keys()
-    usual = TABLES[args.stage].get("optimizer", ("",) * 7)[RECIPE_NAMES.index(args.recipe)]
-    if usual and (usual == "sgd") != (args.optimizer == "sgd"):
-        raise UserError(f"{flag['optimizer']} is not for the stage {args.stage}, which takes "
-                        + ("sgd" if usual == "sgd" else "adamw, lars or lamb"))
-    if given & {"optimizer", "base_lr"} == {"optimizer"} and args.optimizer != usual:
-        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 1.5e-4 for "
-                        "adamw, 0.3 for lars, 5e-4 with --weight-decay 1e-3 for lamb (ImageNet)")
-    if args.stage == "pretrain":
-        if args.arch[:3] != (made_for := PRETRAIN["arch"][RECIPE_NAMES.index(args.recipe)])[:3]:
-            raise UserError(f"the recipe {args.recipe} is made for {made_for}, not for "
-                            f"{args.arch}: give --recipe cifar-resnet")
-        if args.hidden_dim == 0:
-            raise UserError("--hidden-dim 0 leaves the heads without a hidden layer: 1 at least")
-        unused = {"momentum": args.optimizer != "lars",
-                  "zero_init_residual": args.arch.startswith("vit"),
-                  "predictor_output_bn": "none" in (args.predictor, args.bn)}
-        for name in unused.keys() & given:
-            if unused[name]:
-                raise UserError(f"{flag[name]} would change nothing here" + (
-                    "; m is --ema-momentum" if name == "momentum" else ""))
-    vit_only = [name for name in ("patch_size", "heads", "stem", "mlp_norm", "position", "pooling",
-                                  "patch_projection", "clip_patch_grad", "grad_checkpoint")
-                if name in given]
-    if args.arch.startswith("resnet"):
-        if vit_only:
-            raise UserError(f"{flag[vit_only[0]]} is for a ViT, and --arch is {args.arch}")
-        return
-    if "width" in given:
-        raise UserError(f"--width is for a ResNet, and --arch is {args.arch}: take a smaller "
-                        "--arch")
-    args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
-    if args.arch == "vit_huge" and args.recipe == "imagenet" and not args.init:
-        args.patch_size = args.given.get("patch_size", 14)  # Table 2
-    if args.stem == "conv" and args.patch_projection != "learned":
-        raise UserError("--stem conv has no patch projection to freeze or to normalise: give "
-                        "--patch-projection learned")
-    if getattr(args, "clip_patch_grad", 0) and (args.patch_projection == "frozen"
-                                                or args.stem == "conv"):
-        raise UserError(f"{flag['clip_patch_grad']} needs a patch projection that has a gradient: "
-                        "give --patch-projection learned and --stem patch")
-    try:
-        with torch.device("meta"):  # without memory and time
-            build_encoder(args)
-    except ValueError as error:
-        raise UserError(f"--arch {args.arch}: {error}") from None
+# ---------------------------------------------------------------------------------------- processes
 
 
-# --------------------------------------------------------------------------------------- processes
-
-
-# same as simsiam.py
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-# same as simsiam.py
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-# same as simsiam.py
-def join_processes(backend: str) -> bool:
-    """dist.init_process_group; on rank 0, whether torchrun has started this run before.
-
-    Its store outlives the processes (torch 2.14) and holds the addresses of dead ones, which
-    new ones would call: so each asks rank 0 by a fresh name and is told this start's prefix.
-    """
-    store, me, world = next(dist.rendezvous("env://"))
-    name = start = os.urandom(16).hex()
-    if me:
-        store.set(f"asks{me}", name)
-        start = store.get(name).decode()  # waits until it is there
-        store.set(f"{start}{me}", "heard")
-    else:
-        again = store.add("starts", 1) > 1
-        for _ in range(36_000):  # half an hour, as torch waits; then the group's own error
-            if all([store.check([f"{start}{r}"]) for r in range(1, world)]):
-                break
-            for asks in (f"asks{r}" for r in range(1, world)):
-                if store.check([asks]):  # perhaps a dead one's question: so until all have heard
-                    store.set(store.get(asks).decode(), start)
-            time.sleep(0.05)
-    mine = dist.PrefixStore(start, store)
-    dist.init_process_group(backend, store=mine, rank=me, world_size=world)
-    return me == 0 and again
-
-
-# same as simsiam.py
 def setup(args) -> None:
-    """Picks the device, joins torchrun's process group, seeds, reads --init."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    args.device = args.device or next(name for name, there in available.items() if there)
-    if not available[args.device]:
-        raise UserError(f"--device {args.device}: torch sees none here; leave the flag out")
-    args.device = torch.device(args.device)
+    """Device, process group, seed, run folder."""
+    torchrun = os.environ if "RANK" in os.environ else {}
+    if torchrun and not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= torchrun.keys():
+        sys.exit("RANK is set, but not by torchrun: start with torchrun, or unset RANK")
+    local_rank, gpus = int(torchrun.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    args.device = torch.device(args.device or ("cuda" if gpus else "cpu"))
     if args.device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node: here are but {torch.cuda.device_count()} GPUs")
-        args.device = torch.device("cuda", local)
+        if local_rank >= gpus:
+            sys.exit(f"this machine has {gpus} GPUs: start fewer processes, or use --device cpu")
+        args.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:
-        # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
-        try:
-            again = join_processes("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-        except ValueError as error:  # a RANK that no launcher has set
-            raise UserError(f"{error}: start with torchrun, or unset RANK") from None
-        args.fresh = args.fresh and not again  # what is there is this run's own
-    if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
-        raise UserError("--device mps takes one process and no fp64; give --device cpu")
-    if args.workers is None:
+    if torchrun:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    if args.batch_size % world_size():
+        sys.exit(f"--batch-size {args.batch_size} is not a multiple of {world_size()} processes")
+    if args.workers is None:  # the cores that this process may use, which may be fewer than all
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = max(1, cores // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
-    args.initial = everywhere(lambda: read_init(args)) if args.init else None
-    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
-        if "recipe" in args.given:
-            raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
-                            + " or ".join(fitting))
-        args.recipe = fitting[0]  # --init brought another kind of network
-        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
-                          in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
-    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
-    if getattr(args, "batch_size", 0) % world_size():
-        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a "
-                        f"multiple of the {world_size()} processes")
-    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
-        raise UserError("--batch-size 1 leaves batch norm nothing to average: 2 at least")
-    check(args)
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-
-
-# same as simsiam.py
-def cpu_info(key: str) -> str:
-    """What Linux says of the processor: "flags" for its instruction sets, "model name"."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith(key)), "")
-    except OSError:
-        return ""
-
-
-# same as simsiam.py
-@functools.cache
-def bf16_is_native(device: str) -> bool:
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = cpu_info("flags").split()
-    return device == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)
-
-
-# same as simsiam.py
-def autocast(args):
-    """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
-    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # ViTs on AMX: half as fast
-    wanted = args.precision == "bf16" or (args.precision == "auto" and pays
-                                          and bf16_is_native(args.device.type))
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
-
-
-# same as simsiam.py
-@torch.no_grad()
-def all_gather(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first; without gradient."""
-    if world_size() == 1:
-        return x
-    out = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
-
-
-# same as simsiam.py
-def sum_over_processes(x: Tensor) -> Tensor:
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-# same as simsiam.py
-def of_all(x) -> list:
-    """Each process's x, a small Python object, rank 0's first."""
-    found = [x] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(found, x)
-    return found
-
-
-# same as simsiam.py
-def everywhere(function):
-    """function() in every process: its result, or in all of them the UserError of the first whose
-    function, or whose disk, had one. The function itself must not wait for other processes."""
-    result = mistake = None
-    try:
-        result = function()
-    except (UserError, OSError) as error:
-        mistake = str(error)
-    for mistake in filter(None, of_all(mistake)):
-        raise UserError(mistake)
-    return result
-
-
-# same as simsiam.py
-def on_rank_0(function):
-    """function() on rank 0; every process gets its result, or its UserError."""
-    return of_all(everywhere(lambda: function() if rank() == 0 else None))[0]
-
-
-# same as simsiam.py
-def say(message: str) -> None:
-    if rank() == 0:  # file names may hold what cannot be printed
-        print(message.encode(errors="backslashreplace").decode(), flush=True)
-
-
-# same as simsiam.py
-def prepare(model: nn.Module, args) -> nn.Module:
-    """Loads --init into the model, moves it to the device, and returns what to call in its place:
-    over several processes it averages gradients, and its batch norms see the global batch."""
-    if args.initial:
-        load_initial(model, args)
-    model.to(args.device, args.dtype, memory_format=torch.channels_last)
-    net = model
-    if world_size() > 1:
-        cuda = args.device.type == "cuda"  # torch's SyncBatchNorm refuses CPU tensors
-        (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
-        net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
-                                      gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes anyway
-    if args.compile:
-        net.compile()  # in place: the names in the state dict stay
-    return net
-
-
-# -------------------------------------------------------------------------------------- randomness
-
-CROP_DRAWS, COLOUR_DRAWS = 23, 13  # uniform numbers that one view of one image takes
-
-
-# same as simsiam.py
-def generator(*key) -> torch.Generator:
-    """A random stream that depends on nothing but its key, such as (seed, "crop", epoch, step)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-# same as simsiam.py
-def uniform(shape: tuple, *key) -> Tensor:
-    return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
-
-
-# same as simsiam.py
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
-
-
-# same as simsiam.py
-def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What step `step` sees, a function of seed and step alone, and of it this process's share.
-
-    Returns indices [b], crop draws [b, views, CROP_DRAWS], colour draws [b, views, COLOUR_DRAWS].
-    The draws are made for the global batch, so that they do not depend on the number of processes.
-    """
-    epoch, i = divmod(step, n // args.batch_size)
-    b = args.batch_size // world_size()
-    mine = slice(rank() * b, rank() * b + b)
-    index = epoch_order(args.seed, epoch, n)[i * args.batch_size:][mine]
-    crop = uniform((args.batch_size, views, CROP_DRAWS), args.seed, "crop", step)[mine]
-    colour = uniform((args.batch_size, views, COLOUR_DRAWS), args.seed, "colour", step)[mine]
-    return index, crop, colour
-
-
-# ------------------------------------------------------------------------- augmentation, operations
-
-
-# same as simsiam.py
-def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
-               flip_prob: float = 0.5) -> tuple[Tensor, ...]:
-    """torchvision's RandomResizedCrop for many images at once: shares of the area from crop_min to
-    1, aspect ratios 3/4 to 4/3, ten tries, else the centre. u [B, CROP_DRAWS] -> top, left, height,
-    width, flipped or not; [B] each."""
-    area = height * width * (crop_min + (1 - crop_min) * u[:, 0:10])
-    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20])
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
-    first, found = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
-    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3))).long()
-    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / (3 / 4)))).long()
-    top = torch.where(found, u[:, 20] * (height - h + 1), (height - h) // 2).long()
-    left = torch.where(found, u[:, 21] * (width - w + 1), (width - w) // 2).long()
-    return top, left, h, w, u[:, 22] < flip_prob
-
-
-# same as simsiam.py
-def resample(start: Tensor, length: Tensor, in_size: int, out_size: int,
-             flip: Tensor | None = None) -> Tensor:
-    """Matrices [B, out_size, in_size] that resize pixels start .. start + length - 1 to out_size:
-    bilinear and antialiased, as torchvision's. flip [B]: mirrored where true."""
-    start, length = start[:, None, None], length[:, None, None]
-    out = torch.arange(out_size, device=start.device)[:, None]
-    if flip is not None:
-        out = torch.where(flip[:, None, None], out_size - 1 - out, out)
-    pixel = torch.arange(in_size, device=start.device)
-    scale = length / out_size
-    offset = start + (out + 0.5) * scale - (pixel + 0.5)
-    weight = (1 - offset.abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight * ((pixel >= start) & (pixel < start + length))
-    return weight / weight.sum(dim=2, keepdim=True)
-
-
-# same as simsiam.py
-def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
-    """Crops x [B, 3, H, W] to boxes, resized to [B, 3, size, size]: two matrix products."""
-    top, left, height, width = (box.to(x, non_blocking=True) for box in boxes[:4])
-    rows = resample(top, height, x.shape[2], size)
-    columns = resample(left, width, x.shape[3], size, boxes[4].to(x.device, non_blocking=True))
-    return rows[:, None] @ x @ columns[:, None].mT
-
-
-# same as simsiam.py
-def gray(x: Tensor) -> Tensor:
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]  # torchvision's weights
-
-
-# same as simsiam.py
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
-
-    Without torch.where and %, which cost a CPU much of the augmentation at 32 px: sorting the
-    channels by minima and maxima tells the hue's sector from two comparisons.
-    """
-    r, g, b = x.unbind(dim=1)
-    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
-    sector = sector - (2 + 2 * sector) * (r < high).to(x)
-    value, middle = torch.maximum(r, high), torch.minimum(r, high)
-    chroma = value - torch.minimum(middle, low)
-    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
-    hue = (hue + 6 * shift[:, 0])[:, None]
-    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
-    k = k - 6 * (k / 6).floor()
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-# same as simsiam.py
-COLOUR_OPERATIONS = (  # (x, factor) -> x: brightness, contrast, saturation, hue
-    lambda x, f: (f * x).clamp(0, 1),
-    lambda x, f: (f * x + (1 - f) * gray(x).mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1),
-    lambda x, f: (f * x + (1 - f) * gray(x)).clamp(0, 1),
-    lambda x, f: shift_hue(x, f - 1),
-)
-
-
-# same as simsiam.py
-def chosen(mask: Tensor, x: Tensor) -> Tensor:
-    """Indices of the true places of mask, found on the CPU so that no GPU has to be waited for."""
-    return mask.nonzero()[:, 0].to(x.device, non_blocking=True)
-
-
-# same as simsiam.py
-def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
-    """torchvision's ColorJitter with probability prob, its four operations in random order, every
-    image with its own. x [B, 3, S, S] in [0, 1]; u [B, 9]: whether, how much (4), order (4)."""
-    factor = 1 + (2 * u[:, 1:5] - 1) * torch.tensor(strength, dtype=u.dtype)
-    factor = factor.clamp(min=0).to(x)[:, :, None, None, None]
-    order = u[:, 5:9].argsort(dim=1)
-    x = x.clone()
-    for place in range(4):
-        for k, operation in enumerate(COLOUR_OPERATIONS):
-            i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
-    return x
-
-
-# same as simsiam.py
-def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
-    """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    i = chosen(u < prob, x)
-    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
-
-
-# same as simsiam.py
-def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
-    """Blurs each image with probability prob and its own sigma, in pixels, uniform in the range.
-
-    x [B, 3, S, S]; u [B, 2]: whether, how much. The kernel spans a tenth of the side (SimCLR,
-    arXiv:2002.05709, App. A; at 224 px: 23 taps), reflected at the border.
-    """
-    i = chosen(u[:, 0] < prob, x)
-    if len(i) == 0:
-        return x
-    half = x.shape[-1] // 20
-    s = (sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x)[i]
-    taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
-    y = x[i].flatten(0, 1)[None]  # every image and colour is a channel with a kernel of its own
-    y = F.pad(y, (half, half, half, half), mode="reflect")
-    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
-    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
-    x = x.clone()
-    x[i] = y[0].unflatten(0, (-1, 3))
-    return x
-
-
-def solarize(x: Tensor, u: Tensor, prob: float) -> Tensor:
-    """Inverts the light pixels of each image with probability prob. x [B, 3, S, S], u [B]."""
-    i = chosen(u < prob, x)
-    x = x.clone()
-    x[i] = torch.where(x[i] >= 128 / 255, 1 - x[i], x[i])  # PIL's threshold of 128
-    return x
-
-
-# same as simsiam.py
-def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (x - mean) / std
-
-
-# -------------------------------------------------------------------------------------------- data
-
-
-# same as simsiam.py
-@dataclass
-class Images:
-    """n images: their names, their labels if known, and their pixels if they fit in memory."""
-
-    names: np.ndarray  # [n], paths relative to root
-    labels: Tensor | None = None  # [n] int64
-    pixels: Tensor | None = None  # [n, 3, H, W] uint8, on the device
-    root: str = ""
-    total: int = 0  # n, of the whole where this is a part
-    unreadable: set[str] = field(default_factory=set)  # paths, shared by the parts
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
-
-    def read(self, i: int) -> tuple[Tensor, int]:
-        """Image i as uint8 [3, H, W], and i; for an unreadable one a substitute and its index."""
-        # The substitutes are a function of i, so that every run and every process takes the same.
-        substitutes = torch.randint(len(self), [9], generator=generator("substitute", i)).tolist()
-        for j in (i, *substitutes):
-            try:  # read as bytes, for torchvision takes no file name that is not UTF-8
-                file = torch.from_numpy(np.fromfile(os.fsencode(self.path(j)), dtype=np.uint8))
-                x = torchvision.io.decode_image(file, torchvision.io.ImageReadMode.RGB)
-            except (RuntimeError, OSError):
-                continue
-            if x.ndim == 3:  # an animation has four dimensions
-                return x if x.dtype == torch.uint8 else (x.int() >> 8).byte(), j  # 16-bit PNG
-        return torch.zeros(3, 8, 8, dtype=torch.uint8), -1  # report_unreadable will end the run
-
-
-# same as simsiam.py
-def load_data(args, labels: bool = False) -> SimpleNamespace:
-    """--data as train, bank and val (Images; the last two None without labels), classes, and a
-    digest that tells data sets apart. labels: whether the stage needs them."""
-    if args.data == "demo":
-        train, val = (
-            Images(np.array([f"{name}/{i}" for i in range(n)]), labels, pixels.to(args.device))
-            for name, n, seed in (("train", 4000, 0), ("val", 1000, 1))
-            for pixels, labels in [demo_images(n, seed)])
-        bank, classes = train, [*"0123456789"]
-    else:
-        load = torchvision_data if args.data in ("cifar10", "cifar100", "stl10") else folder_data
-        if load is torchvision_data:  # rank 0 downloads what is missing
-            on_rank_0(lambda: load(args, download=True) and None)
-        train, bank, val, classes = everywhere(lambda: load(args))
-        if load is folder_data:
-            train, val = (images and load_pixels(images, args) for images in (train, val))
-            bank = val and (train if train.pixels is not None else bank)
-    if labels and val is None:
-        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a "
-                        "folder per class")
-    if getattr(args, "batch_size", 0) > len(train):
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
-                        f"{args.data}")
-    names = "\n".join(os.fsdecode(name) for name in train.names)
-    say(f"{args.data}: {len(train)} images, "
-        + ("on disk" if train.pixels is None else f"in memory on {args.device.type}")
-        + (f", {len(classes)} classes" if val else ", no labels: kNN off"))
-    return SimpleNamespace(train=train, bank=bank, val=val, classes=classes, digest=(
-        f"{len(train)}-{hashlib.sha256(names.encode(errors='replace')).hexdigest()[:8]}"))
-
-
-# same as simsiam.py
-def torchvision_data(args, download: bool = False):
-    """CIFAR-10, CIFAR-100 or STL-10."""
-    stl = args.data == "stl10"
-    parts = []
-    whole = stl and args.stage in ("pretrain", "distill")
-    for split in ("train", "test", *["train+unlabeled"] * whole):
-        how = {"split": split} if stl else {"train": split == "train"}
+    torch.manual_seed(args.seed)  # the same initial weights in all processes
+    os.makedirs(args.out, exist_ok=True)
+    if rank() == 0:
         try:
-            data = getattr(torchvision.datasets, args.data.upper())(
-                args.data_root, download=download, **how)
-        except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
-            raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
-                            f"{str(error).splitlines()[0]}") from None
-        pixels = torch.from_numpy(data.data if stl else data.data.transpose(0, 3, 1, 2).copy())
-        names = np.array([f"{args.data}/{split}/{i}" for i in range(len(pixels))])
-        labels = torch.tensor(data.labels if stl else data.targets).long()
-        parts.append(Images(names, labels, pixels if download else pixels.to(args.device)))
-    return parts[-1] if len(parts) > 2 else parts[0], parts[0], parts[1], data.classes
+            import fcntl
+            lock = os.open(os.path.join(args.out, "lock"), os.O_CREAT | os.O_WRONLY)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            sys.exit(f"another run is at work in {args.out}: choose another --out")
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
 
 
-# same as simsiam.py
-def folder_data(args):
-    """train/ and val/ with a folder per class, or else every image in the tree, without labels."""
-    if not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, "
-                        "stl10")
-    folders = [os.path.join(args.data, name) for name in ("train", "val")]
-    if not all(map(os.path.isdir, folders)):
-        return find_images(args.data), None, None, None
-    classes = sorted(entry.name for entry in os.scandir(folders[0]) if entry.is_dir())
+def distribute(model: nn.Module, args) -> nn.Module:
+    """The model on its device; with several processes, with the global batch's gradients and BN."""
+    model.to(args.device, args.dtype)
+    if world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(sync_batch_norm(model), broadcast_buffers=False)
+    return model
+
+
+def autocast(args):
+    """bfloat16 for the forward pass. --precision auto: where it is native, on a CPU for ResNets."""
+    native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
+              args.device.type == "cpu" and args.arch.startswith("resnet")
+              and torch.cpu._is_avx512_bf16_supported())
+    enabled = args.precision == "bf16" or args.precision == "auto" and native
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
+
+
+def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
+    """The mean loss of all processes, and whether one was told to stop. Ends a diverged run."""
+    finite = torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all()
+    mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
+    loss, told = all_gather(mine).mean(dim=0).tolist()
+    if not math.isfinite(loss):
+        sys.exit("loss or weights are not finite: try a lower --base-lr (last.pt is from before)")
+    return loss, told > 0
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass
+class Images:
+    labels: Tensor                    # [n], -1 if unknown
+    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
+    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
+
+
+def load_data(args) -> argparse.Namespace:
+    """train, its size; and if there are labels, bank (images for kNN), val and num_classes."""
+    if args.data == "demo":
+        train, val = (Images(labels, pixels.to(args.device)) for pixels, labels in (
+            demo_images(4000, seed=0), demo_images(1000, seed=1)))
+        bank = train
+    elif args.data in DATA_RECIPES:
+        if rank() == 0:
+            torchvision_images(args, "train", download=True)
+        all_gather(torch.zeros(1))  # wait for it
+        bank, val = torchvision_images(args, "train"), torchvision_images(args, "test")
+        unlabeled = args.data == "stl10" and args.stage == "pretrain"
+        train = torchvision_images(args, "train+unlabeled") if unlabeled else bank
+    else:
+        train, bank, val = folder_images(args)
+    n, classes = len(train.labels), int(train.labels.max()) + 1
+    if args.batch_size > n:
+        sys.exit(f"{args.data} has {n} images, fewer than --batch-size {args.batch_size}")
+    print0(f"{args.data}: {n} images, {f'{classes} classes' if classes else 'unlabeled'}")
+    files = filter(os.path.exists, () if train.paths is None else train.paths[::n // 64 + 1])
+    args.config |= {"images": n, "file_sizes": [*map(os.path.getsize, files)]}
+    return argparse.Namespace(train=train, bank=bank, val=val, size=n, num_classes=classes)
+
+
+def torchvision_images(args, split: str, download: bool = False) -> Images:
+    stl = args.data == "stl10"
+    part = {"split": split} if stl else {"train": split == "train"}
+    try:
+        d = vars(torchvision.datasets)[args.data.upper()](args.data_root, **part, download=download)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"cannot download {args.data} to --data-root {args.data_root}: {error}")
+    pixels = torch.from_numpy(d.data if stl else d.data.transpose(0, 3, 1, 2).copy())
+    return Images(torch.tensor(d.labels if stl else d.targets).long(), pixels.to(args.device))
+
+
+def image_files(root: str, args) -> dict[str, str]:
+    """The images below root, sorted, and the folder of root that each is in. No hidden files."""
+    found, seen = {}, {os.path.realpath(args.out)}  # each real folder once; not the run folder
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(x for x in folders if x[0] != "." and real not in seen)
+        for x in files if real not in seen else ():
+            if x[0] != "." and x.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
+                found[os.path.join(folder, x)] = folder[len(root):].strip(os.sep).split(os.sep)[0]
+        seen.add(real)
+    if not found:
+        sys.exit(f"{root}: no JPEG, PNG or WebP image (.jpg, .jpeg, .png, .webp) found")
+    return dict(sorted(found.items()))
+
+
+def folder_images(args) -> tuple[Images, Images | None, Images | None]:
+    """train, bank and val. The class is the first folder below train/ or val/."""
+    splits = [os.path.join(args.data, split) for split in ("train", "val")]
+    if not all(map(os.path.isdir, splits)):
+        print0(f"{args.data}: no train/ and val/ here; all images below it are used, unlabeled")
+        return in_memory(image_files(args.data, args), {}, args), None, None
+    train, val = (image_files(split, args) for split in splits)
+    classes = {name: i for i, name in enumerate(sorted({*train.values()} - {""}))}
     if len(classes) < 2:
-        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or "
-                        f"more; for images without labels give --data {folders[0]}")
-    train, val = map(find_images, folders)
-    for folder, images in zip(folders, (train, val)):
-        names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
-        strange = sorted(set(names) - set(classes))
-        if strange and args.stage == "embed":
-            return find_images(args.data), None, None, None
-        if strange:
-            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
-                            f"of {folders[0]}; for images without labels give --data {folder}")
-        images.labels = torch.from_numpy(np.searchsorted(classes, names))
-    # A bank of at most about 128,000, a tenth of ImageNet, if read from disk: ours, for speed.
-    some = slice(None, None, max(1, round(len(train) / 128_000)))
-    return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
+        print0(f"{splits[0]}: fewer than two class folders; all images below it are unlabeled")
+        return in_memory(train, {}, args), None, None
+    for path, name in (train | val).items():
+        if name not in classes:
+            sys.exit(f"{path} is in none of the {len(classes)} class folders that train/ has")
+    train, val = (in_memory(files, classes, args) for files in (train, val))
+    every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
+    return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
 
 
-# same as simsiam.py
-def find_images(root: str) -> Images:
-    """Every JPEG, PNG and WebP file under root, at any depth, in the order of their names."""
-    names = sorted(os.path.relpath(os.path.join(folder, name), root)
-                   for folder, _, files in os.walk(root, followlinks=True) for name in files
-                   if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
-    if not names:
-        raise UserError(f"no JPEG, PNG or WebP image under {root}")
-    # Bytes in one array: a list of a million strings would be copied into every loader process.
-    return Images(np.array([os.fsencode(name) for name in names]), root=root, total=len(names))
+def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
+    """Small images, all of one size, are read once and held like CIFAR's. Others stay files."""
+    labels = torch.tensor([classes.get(name, -1) for name in files.values()])
+    images, held = Images(labels, paths=np.array([*files])), []
+    for i in range(len(labels)):
+        held.append(FileCrops(images, args).read(i))
+        x = held[-1][0]
+        if max(x.shape) > 96 or x.shape != held[0][0].shape or len(labels) * x.numel() > 2**31:
+            return images
+    pixels, labels = map(torch.stack, zip(*held))
+    return Images(labels, pixels.to(args.device), images.paths)
 
 
-# same as simsiam.py
-def load_pixels(images: Images, args) -> Images:
-    """Takes the images into memory if they have one size of at most 128 px and fit into 2 GB."""
-    n, (x, _) = len(images), images.read(0)
-    if max(x.shape) > 128 or n * x.numel() > 2e9:
-        return images
-    pixels, shown = torch.empty(n, *x.shape, dtype=torch.uint8), torch.arange(n)
-    with ThreadPoolExecutor(args.workers or 1) as pool:
-        for part in shown.clone().split(1024):
-            for i, (x, j) in zip(part, pool.map(images.read, part.tolist())):
-                if x.shape != pixels.shape[1:]:
-                    return images
-                pixels[i], shown[i] = x, j
-    report_unreadable(images, torch.arange(n), shown)
-    labels = None if images.labels is None else images.labels[shown]
-    return replace(images, pixels=pixels.to(args.device), labels=labels)
+@dataclasses.dataclass
+class FileCrops(Dataset):
+    """Decodes, crops, resizes and flips files, in the loader's workers. A key is (index, u) with
+    u [views, 23], or None for the center crop -> uint8 [views, 3, S, S] and label."""
 
+    images: Images
+    args: argparse.Namespace
 
-# same as simsiam.py
-class Stage1(Dataset):
-    """The first stage of the augmentation, in the loader's processes: decode, crop, resize, flip.
-
-    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: resized so
-    that the shorter side is margin times S, centre. Gives uint8 [views, 3, S, S] and the index
-    shown.
-    """
-
-    def __init__(self, images: Images, size: int, crop_min: float, margin: float,
-                 flip_prob: float = 0.5):
-        self.images, self.size, self.margin = images, size, margin
-        self.crop_min, self.flip_prob = crop_min, flip_prob
-
-    def __getitem__(self, key) -> tuple[Tensor, int]:
-        x, shown = self.images.read(key[0])
-        if key[1] is None:
-            x = vision.resize(x, [round(self.size * self.margin)], antialias=True)
-            return vision.center_crop(x, [self.size, self.size])[None], shown
-        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min, self.flip_prob)
+    def __getitem__(self, key) -> tuple[Tensor, Tensor]:
+        index, u = key
+        x, label = self.read(index)
+        size = self.args.image_size
+        if u is None:
+            margin = 1 if self.args.small_images else 8 / 7  # resize to 256, crop to 224
+            x = vision.resize(x, [round(size * margin)], antialias=True)
+            return vision.center_crop(x, [size, size])[None], label
         views = []
-        for *box, flip in zip(*(box.tolist() for box in boxes)):
-            view = vision.resized_crop(x, *box, [self.size, self.size], antialias=True)
+        for *box, flip in zip(*crop_boxes(torch.from_numpy(u), *x.shape[1:], self.args.crop_min)):
+            view = vision.resized_crop(x, *map(int, box), [size, size], antialias=True)
             views.append(view.flip(2) if flip else view)
-        return torch.stack(views), shown
+        return torch.stack(views), label
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
+        for i in (index + np.arange(10)) % len(self.images.labels):
+            path = str(self.images.paths[i])
+            try:  # decode_image opens only names in UTF-8
+                x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
+                x = x if x.dtype == torch.uint8 else (x.int() >> 8).byte()  # 16-bit PNG
+                if x.ndim == 3:  # an animation has one dimension more
+                    return x, self.images.labels[i]
+            except (OSError, RuntimeError):
+                pass
+            warnings.warn(f"cannot read {path!a}: using the next file")
+        raise OSError(f"ten unreadable files in a row, the last one {path!a}")
 
 
-# same as simsiam.py
-def ignore_signals(worker: int) -> None:
-    """Loader processes are ended by their parent, not by the signal that asks it to save."""
+def batches(images: Images, plan, args):
+    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], first
+    views before second ones, and labels [b], on the device. u None: center crops."""
+    if images.pixels is None:
+        keys = ([(i, None if u is None else u[k].numpy()) for k, i in enumerate(index.tolist())]
+                for index, u in plan)
+        for x, labels in DataLoader(FileCrops(images, args), batch_sampler=keys,
+                                    num_workers=args.workers, worker_init_fn=ignore_signals,
+                                    pin_memory=args.device.type == "cuda"):
+            x = to_device(x, args.device).transpose(0, 1).flatten(0, 1)
+            yield x.to(args.dtype) / 255, to_device(labels, args.device)
+        return
+    height, width = images.pixels.shape[2:]
+    side = round(min(height, width) / (1 if args.small_images else 8 / 7))
+    center = ((height - side) // 2, (width - side) // 2, side, side, False)
+    for index, u in plan:
+        boxes = ([torch.tensor(value).expand(len(index)) for value in center] if u is None else
+                 crop_boxes(u.transpose(0, 1).flatten(0, 1), height, width, args.crop_min))
+        x = images.pixels[to_device(index.repeat(len(boxes[0]) // len(index)), args.device)]
+        crops = resized_crop(x.to(args.dtype) / 255, boxes, args.image_size)
+        yield crops, to_device(images.labels[index], args.device)
+
+
+def ignore_signals(worker: int) -> None:  # workers are ended by their parent, which saves first
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# same as simsiam.py
-def load(args, images: Images, wanted, crop_min: float = 1.0):
-    """The first stage for wanted, an iterable of (indices [b], crop draws [b, views, CROP_DRAWS] or
-    None for the test view). Yields crops [views * b, 3, S, S] in [0, 1] on the device, all images'
-    first view before the second, and the indices shown [b]: others than wanted where unreadable."""
-    size = args.image_size
-    margin = 1 if args.small_images else 8 / 7  # 256 for 224 px: authors' code; nothing at 32 px
-    flip_prob = getattr(args, "flip_prob", 0.5)  # where it is no field of the recipe, half of them
-    if images.pixels is None:
-        keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
-                for index, crop in wanted)
-        for x, shown in DataLoader(Stage1(images, size, crop_min, margin, flip_prob),
-                                   batch_sampler=keys, num_workers=args.workers,
-                                   worker_init_fn=ignore_signals,
-                                   pin_memory=args.device.type == "cuda"):
-            x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-            yield x.to(args.dtype) / 255, shown
-        return
-    height, width = images.pixels.shape[2:]
-    side = round(min(height, width) / margin)
-    centre = ((height - side) // 2, (width - side) // 2, side, side, False)
-    for index, crop in wanted:
-        x = images.pixels[index.to(args.device)].to(args.dtype) / 255
-        boxes = [[torch.tensor([value]).expand(len(x)) for value in centre]] if crop is None else [
-            crop_boxes(u, height, width, crop_min, flip_prob) for u in crop.unbind(1)]
-        yield torch.cat([resized_crop(x, box, size) for box in boxes]), index
+def training_batches(images: Images, start: int, stop: int, views: int, args):
+    """For each step: its number, and this process's crops [views * b, 3, S, S] and labels [b]."""
+    def plan():
+        n = len(images.labels)
+        for step in range(start, stop):
+            epoch, i = divmod(step, n // args.batch_size)
+            if i == 0 or step == start:
+                order = torch.randperm(n, generator=generator(args.seed, "order", epoch))
+            u = draws(args.seed, "crop", step, args.batch_size, views, 23)
+            yield order[i * args.batch_size:][:args.batch_size].chunk(world_size())[rank()], u
+    return ((step, *x) for step, x in zip(range(start, stop), batches(images, plan(), args)))
 
 
-# same as simsiam.py
-def batches(args, images: Images, start: int, stop: int, views: int):
-    """What the steps start .. stop - 1 need: crops and indices as from load(), and with them the
-    colour draws [views * b, COLOUR_DRAWS] for the second stage."""
-    drawn, again = itertools.tee(draw_step(args, len(images), step, views)
-                                 for step in range(start, stop))
-    crops = load(args, images, ((index, crop) for index, crop, _ in again), args.crop_min)
-    for (x, shown), (index, _, colour) in zip(crops, drawn):
-        yield SimpleNamespace(crops=x, colours=colour.transpose(0, 1).flatten(0, 1), wanted=index,
-                              shown=shown)
-
-
-# same as simsiam.py
-def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
-    """Names each image that could not be read, once. Every process must call it."""
-    for i in sorted({*itertools.chain(*of_all(wanted[wanted != shown].tolist()))}):
-        if images.path(i) not in images.unreadable:
-            images.unreadable.add(images.path(i))
-            say(f"unreadable, another image stands in for it: {images.path(i)}")
-    count = len(images.unreadable)
-    if count > max(1, images.total / 100) or count >= max(1, images.total):
-        raise UserError(f"{count} images under {images.root} are unreadable, more "
-                        "than 1 %: mend or remove the files named above")
-
-
-# ----------------------------------------------------------------------------------------- monitors
-
-
-# same as simsiam.py
-@torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
-
-    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
-    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
-    """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
-
-
-# same as simsiam.py
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
-
-    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
-    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
-    """
-    z = z.double() - z.double().mean(dim=0)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram).clamp(min=0)
-    share = share / share.sum().clamp(min=1e-300)
-    return torch.special.entr(share).sum().exp().item()
-
-
-# same as simsiam.py
 @torch.no_grad()
 def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
-    """The encoder's output, in eval mode, for the test view of each image -> [n, feature_dim] and
-    the indices of the images shown [n], the same in every process."""
-    training = encoder.training
+    """Features [n, feature_dim] of all center crops, in eval mode, and labels [n]; on all ranks."""
     encoder.eval()
-    n = len(images)
-    # Every world_size-th image, the first ones again at the end where the others have one more.
-    mine = (torch.arange(-(-n // world_size())) * world_size() + rank()) % n
-    rows, shown = [], []
-    for x, index in load(args, images, ((part, None) for part in mine.split(256))):
-        x = normalize(x, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+    n, h, y = len(images.labels), [], []
+    mine = (torch.arange(math.ceil(n / world_size())) * world_size() + rank()) % n
+    for x, labels in batches(images, ((index, None) for index in mine.split(256)), args):
         with autocast(args):
-            rows.append(encoder(x).to(args.dtype))
-        shown.append(index)
-    encoder.train(training)
-    rows, shown = torch.cat(rows), torch.cat(shown)
-    report_unreadable(images, mine, shown)
-    parts = (all_gather(part).unflatten(0, (world_size(), -1)) for part in (rows, shown))
+            h.append(encoder(normalize(x, args.mean, args.std)).to(args.dtype))
+        y.append(labels)
+    parts = (all_gather(torch.cat(part)).unflatten(0, (world_size(), -1)) for part in (h, y))
     return tuple(part.transpose(0, 1).flatten(0, 1)[:n] for part in parts)
 
 
-# same as simsiam.py
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int,
-                 temperature: float) -> float:
-    """Share of queries whose class wins the vote of their k nearest in the bank, each neighbour's
-    vote weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978, Sec. 3.4).
-
-    bank [n, d], bank_labels [n], queries [m, d], labels [m] -> in [0, 1].
-    """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    right = 0
-    for query, label in zip(queries.split(1024), labels.split(1024)):
-        cosine, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=query.device)
-        weight = torch.exp((cosine - cosine[:, :1]) / temperature)  # the largest is 1: no overflow
-        votes.scatter_add_(1, bank_labels[nearest], weight)
-        right += (votes.argmax(dim=1) == label).sum().item()
-    return right / len(labels)
+def log_knn(encoder: nn.Module, epoch: int, step: int, data, args):
+    """Log the kNN accuracy on the validation images, if there are labels. Returns features(val)."""
+    if data.val is not None:
+        bank, queries = (features(encoder, images, args) for images in (data.bank, data.val))
+        accuracy = knn_accuracy(*bank, *queries, args.knn_k, args.knn_temperature)
+        log(args, epoch=epoch, step=step, knn=accuracy)
+        encoder.train()
+        return queries
 
 
-# same as simsiam.py
-def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
-    """kNN accuracy of the encoder's features: bank of training images, queries from val."""
-    if data.val is None or not args.knn_every or epoch % args.knn_every and epoch < args.epochs:
-        return {}
-    (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
-    labels = [images.labels[k.cpu()].to(args.device)
-              for images, k in ((data.bank, i), (data.val, j))]
-    vote = functools.partial(knn_accuracy, k=args.knn_k, temperature=args.knn_temperature)
-    result = {"knn": vote(bank, labels[0], queries, labels[1])}
-    if epoch == 0:
-        say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
-            f"images, {len(queries)} queries")
-        if args.data == "demo":  # what the pixels give away without any network
-            bank, queries = (images.pixels.flatten(1) / 255 - 0.5
-                             for images in (data.bank, data.val))
-            result["knn_pixels"] = vote(bank, labels[0], queries, labels[1])
-    return result
+# --------------------------------------------------------------------------------------- run folder
 
 
-class QueueMonitor:
-    """The paper's kNN monitor within an epoch (App. A): the bank is a queue of features that
-    training has made anyway, of augmented images, a tenth of the training set long.
-
-    Each process keeps its share. The queries are 1,000 validation images, always the same: so few
-    and so rarely, and the curve costs next to nothing. After a resume the queue fills first.
-    """
-
-    def __init__(self, data, args):
-        self.args, self.data, self.queue, self.pixels = args, data, [], None
-        self.steps = max(1, len(data.train) // 10 // args.batch_size)  # that fill the queue
-        self.every = args.knn_every_steps if data.val is not None and args.knn_every else 0
-
-    def load_queries(self) -> None:
-        val = self.data.val
-        n = min(1000, len(val))  # 1,000 are our choice, for speed
-        some = torch.arange(n) * len(val) // n
-        parts = [*load(self.args, val, ((i, None) for i in some.split(250)))]
-        shown = torch.cat([index for _, index in parts])
-        report_unreadable(val, some, shown)
-        self.pixels = torch.cat([(x * 255).round().byte() for x, _ in parts])
-        self.labels = val.labels[shown.cpu()].to(self.args.device)
-
-    @torch.no_grad()
-    def __call__(self, encoder: nn.Module, h: Tensor, shown: Tensor, step: int) -> dict[str, float]:
-        """Adds features h [b, feature_dim] of the images shown [b]; kNN accuracy where it's due."""
-        if not self.every:
-            return {}
-        if self.pixels is None:
-            self.load_queries()
-        labels = self.data.train.labels[shown].to(self.args.device)
-        self.queue = [*self.queue[1 - self.steps or 1:], (h.float(), labels)]
-        if step % self.every or len(self.queue) < self.steps:
-            return {}
-        bank, labels = (all_gather(torch.cat(part)) for part in zip(*self.queue))
-        bank, labels = bank[labels >= 0], labels[labels >= 0]  # STL-10 has images without
-        if len(bank) == 0:
-            return {}
-        training = encoder.training
-        encoder.eval()
-        queries = []
-        for x in self.pixels.split(250):
-            x = normalize(x.to(self.args.dtype) / 255, self.args.mean, self.args.std)
-            with autocast(self.args):
-                queries.append(encoder(x.contiguous(memory_format=torch.channels_last)))
-        encoder.train(training)
-        k = min(self.args.knn_k, max(1, len(bank) // 20))  # our choice, for a short queue
-        return {"knn_queue": knn_accuracy(bank, labels, torch.cat(queries), self.labels, k,
-                                          self.args.knn_temperature)}
+def log(args, **record) -> None:
+    """Append a line to log.jsonl, and print its numbers."""
+    if rank() == 0:
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
+        numbers = [f"{name} {x:.4g}" for name, x in record.items() if type(x) in (int, float)]
+        print("  ".join(numbers) or args.out, flush=True)
 
 
-def report_dips(run: "Run", queries: int) -> None:
-    """The largest fall of the kNN curve below its highest value so far, said and logged: where it
-    is more than noise, the instability that the final accuracy hides (Sec. 4.1)."""
-    if rank() != 0:
+def save_views(x: Tensor, args) -> None:
+    """views.png: normalized views [2 * n, 3, S, S], the first ones above the second ones."""
+    if rank() == 0:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (args.mean, args.std))
+        x = F.interpolate(x.float().cpu() * std + mean, scale_factor=math.ceil(96 / x.shape[-1]))
+        torchvision.utils.save_image(x, os.path.join(args.out, "views.png"), nrow=len(x) // 2)
+
+
+def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
+    """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
+    if rank() > 0:
         return
-    with open(run.path("log.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
-    name = "knn_queue" if any("knn_queue" in line for line in lines) else "knn"
-    curve = [(line["step"], line[name]) for line in lines if name in line]
-    best, dip, where = 0.0, 0.0, None
-    for step, value in curve:
-        best = max(best, value)
-        if best - value > dip:
-            dip, where = best - value, step
-    if len(curve) < 2:
-        return
-    run.log(dip=dip, dip_step=where, dip_of=name)
-    queries = min(queries, 1000) if name == "knn_queue" else queries
-    noise = 3 * (best * (1 - best) / queries) ** 0.5  # three standard errors of one reading
-    fell = f"fell the most at step {where}, by {100 * dip:.1f} points; noise is up to "
-    say(f"the kNN curve ({name}) "
-        + ("never fell" if where is None else f"{fell}{100 * noise:.1f}"))
-
-
-# -------------------------------------------------------------------------------------- run folder
-
-
-# same as simsiam.py
-class Run:
-    """The run folder: lock, log.jsonl, views.png, last.pt, previous.pt, encoder.pt.
-
-    Opening it finds the checkpoint to go on from (state; None at the start) and refuses a folder
-    that another run uses, or that holds a run with other settings. Rank 0 alone writes.
-    """
-
-    def __init__(self, args, data):
-        self.args, self.board = args, None
-        self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
-                       "recipe": args.recipe, "seed": args.seed,
-                       "init": args.initial and args.initial.digest,
-                       **{name: getattr(args, name) for name in args.fields}}
-        found = on_rank_0(self.claim)
-        self.state = everywhere(lambda: load_file(found)) if found else None
-        self.start = self.saved = self.state["step"] if self.state else 0  # the step to do next
-        on_rank_0(self.open_log)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.args.out, name)
-
-    def claim(self) -> str | None:
-        """Locks the folder and looks for a checkpoint of this very run."""
-        try:
-            os.makedirs(self.args.out, exist_ok=True)
-            self.lock = open(self.path("lock"), "w")
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
-                            "another --out") from None
-        if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
-                if os.path.exists(self.path(name)):
-                    os.remove(self.path(name))
-        last, previous = self.path("last.pt"), self.path("previous.pt")
-        there = [*filter(os.path.exists, (last, previous))]
-        for path in there:
-            try:
-                config = load_file(path)["config"]
-            except (UserError, KeyError, TypeError):
-                say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
-                continue
-            self.compare(config)
-            if path != there[0]:  # lest it become previous.pt
-                os.replace(last, self.path("corrupt.pt"))
-            return path
-        if there:
-            raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
-        log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
-        if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
-            try:
-                with open(log) as file:
-                    self.compare(json.loads(file.readline())["config"])
-            except (ValueError, KeyError, TypeError, AttributeError, OSError):
-                raise UserError(f"{log} is none of ours: give another --out") from None
-        return None
-
-    def compare(self, theirs: dict) -> None:
-        theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
-        differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
-                  if theirs.get(name) != ours.get(name) and name not in (
-                      "data", "labels", "teacher", "recipe", "grad_checkpoint", "knn_every_steps")]
-        if differ:  # "images" tells data, labels and teachers apart; the last two change no number
-            raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
-                            "another --out, or --fresh to start over")
-
-    def open_log(self) -> None:
-        """Cuts the log back to the checkpoint, so that no step stands in it twice."""
-        if self.state and self.state["finished"]:
-            return
-        if self.args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: pip install tensorboard first") from None
-            self.board = SummaryWriter(self.args.out, purge_step=self.start)
-        resumed = self.state and os.path.exists(self.path("log.jsonl"))
-        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
-        if resumed:
-            size = self.file.seek(0, os.SEEK_END)  # a log that was cut by others is not filled up
-            self.file.seek(self.file.truncate(min(size, self.state["log_bytes"])))
-            say(f"{self.args.out}: going on from step {self.start}")
-        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
-               "--dirty", "--exclude=*"]
-        try:
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-        except OSError:  # no git here
-            commit = None
-        cuda = self.args.device.type == "cuda"
-        self.log(
-            **{"resumed": self.start} if resumed else {"config": self.config},
-            versions={"python": platform.python_version(), "torch": torch.__version__,
-                      "torchvision": torchvision.__version__, "numpy": np.__version__},
-            hardware=(f"{torch.cuda.get_device_name() if cuda else cpu_info('model name')}, "
-                      f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-                      f"{world_size()} processes"),
-            command=shlex.join(sys.argv), commit=commit)
-
-    def log(self, **record) -> None:
-        """One JSON object a line; with --tensorboard its numbers are scalars too."""
-        if rank() == 0:
-            try:
-                self.file.write(json.dumps(record).encode() + b"\n")
-                self.file.flush()
-            except OSError as error:
-                raise UserError(f"could not write {self.path('log.jsonl')}: {error}; what was "
-                                "saved is whole, and the same command goes on from it") from None
-            if self.board and "step" in record:
-                for name in record.keys() - {"step", "epoch", "q_histogram"}:
-                    self.board.add_scalar(name, record[name], record["step"])
-                self.board.flush()
-
-    def save(self, model: nn.Module, optimizer, keep: bool, **state) -> None:
-        """On rank 0: last.pt becomes previous.pt, the new state last.pt; if it fails, both stay."""
-        state |= {"config": self.config, "log_bytes": self.file.tell(),
-                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        os.fsync(self.file.fileno())
-        last, new = self.path("last.pt"), self.path("new.pt")
-        write_file(new, lambda file: torch.save(state, file))
-        if os.path.exists(last) and self.saved != state["step"]:  # else it is the same once more
-            os.replace(last, self.path("previous.pt"))
-        os.replace(new, last)
-        self.saved = state["step"]
-        if keep:
-            write_file(self.path(f"step{self.saved}.pt"), lambda file: torch.save(state, file))
-        write_encoder(model.encoder, self.args)
-
-    def save_views(self, images: Images, views: int, augmented) -> None:
-        """views.png: eight images in the test view, then their views as training sees them."""
-        args = argparse.Namespace(**vars(self.args))
-        args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
-
-        def draw():
-            batch = next(batches(args, images, 0, 1, views))
-            rows, _ = next(load(args, images, [(batch.wanted, None)]))
-            mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
-            rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
-            picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
-            png = torchvision.io.encode_png((picture * 255).round().byte())
-            write_file(self.path("views.png"), lambda file: file.write(png.numpy().tobytes()))
-            if self.board:
-                self.board.add_image("views", picture)
-
-        on_rank_0(draw)
-
-
-# same as simsiam.py
-def write_file(path: str, write) -> None:
-    """write(file), waits for the disk, then renames: the file at path is never half written."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
-        raise UserError(f"could not write {path}: {error}; what was saved is whole, and the same "
-                        "command goes on from it") from None
-    finally:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-
-
-# same as simsiam.py
-def write_encoder(encoder: nn.Module, args) -> None:
-    """encoder.pt, the weights with torchvision's or timm's names; beside it what they are for."""
+    data = args.data if args.data in DATA_RECIPES else os.path.abspath(args.data)
+    run = {"step": step, "config": args.config, "recipe": args.recipe, "data": data,
+           "data_root": os.path.abspath(args.data_root), "model": model.state_dict(),
+           "optimizer": optimizer.state_dict()}
     weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
-    about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
-    path = os.path.join(args.out, "encoder")
-    write_file(path + ".pt", lambda file: torch.save(weights, file))
-    write_file(path + ".json", lambda file: file.write(json.dumps(about).encode()))
-
-
-# same as simsiam.py
-def load_file(path: str):
-    """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path} (all hosts must see one disk)") from None
-    except Exception as error:  # torch.load has no error class of its own
-        raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
-                        f"values ({type(error).__name__})") from None
-
-
-def read_official(file: dict) -> tuple[dict, dict]:
-    """An authors' checkpoint as a state dict with our names, and the settings it implies.
-
-    In theirs (module.)base_encoder.* and momentum_encoder.* are the backbones and, as head.* or
-    fc.*, the projectors; in their linear checkpoints module.* has timm's or torchvision's names.
-    """
-    state = {name.removeprefix("module."): x for name, x in file["state_dict"].items()}
-    arch = file["arch"]
-    settings = {"arch": arch.replace("conv_", ""), "stem": "conv" if "conv" in arch else "patch",
-                "patch_size": 16, "position": "sincos", "pooling": "class", "mlp_norm": "layer",
-                "width": 1.0, "small_images": False, "image_size": 224, "mean": IMAGENET_MEAN,
-                "std": IMAGENET_STD}
-    if settings["arch"].removeprefix("vit_") in VITS:
-        settings["heads"] = VITS[settings["arch"].removeprefix("vit_")][2]
-    if settings["stem"] == "conv":
-        settings["patch_projection"] = "learned"
-    if not any(name.startswith("base_encoder.") for name in state):
-        return {f"encoder.{name}": x for name, x in state.items()
-                if not name.startswith(("fc.", "head."))}, settings
-    ours = {}
-    for name, x in state.items():
-        name = re.sub(r"^(base_|momentum_)encoder\.(head|fc)\.", r"\1projector.", name)
-        ours[name.removeprefix("base_")] = x
-    return ours, settings
-
-
-# same as simsiam.py
-def read_init(args) -> SimpleNamespace:
-    """--init as a state dict with our names, of the whole model or the encoder, and its digest.
-
-    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt, for
-    which encoder.json does if it lies beside; and the authors' checkpoints (pre-training, linear).
-    """
-    file, settings = load_file(args.init), {}
-    try:
-        if "config" in file:
-            state, settings = file["model"], file["config"]
-        elif "arch" in file:
-            state, settings = read_official(file)
-        else:
-            state = {f"encoder.{name}": x for name, x in file.items()}
-            if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
-                try:
-                    with open(about) as text:
-                        settings = {**json.load(text)}
-                except (OSError, ValueError, TypeError):
-                    raise UserError(f"{about}, beside --init, is no encoder.json of ours") from None
-        settings = {name: settings[name] for name in ENCODER if name in settings}
-        digest = hashlib.sha256()
-        for name in sorted(state):
-            digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
-                        "official checkpoint") from None
-    if settings.get("arch", args.arch) not in CHOICES["arch"]:
-        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does "
-                        "not build")
-    for name, value in settings.items():
-        given = args.given.get(name, value)
-        if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
-            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: "
-                            "leave the flag out")
-        setattr(args, name, value)
-    return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
-
-
-# same as simsiam.py
-def load_initial(model: nn.Module, args) -> None:
-    """Loads --init strictly: all of it if the stage is pretrain and the file has heads."""
-    state = args.initial.state
-    if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
-        model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
-        state = {name.removeprefix(prefix): x for name, x in state.items()
-                 if name.startswith(prefix)}
-        if not state:
-            raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # which names what is missing, unknown, or of another shape
-        wrong = textwrap.shorten(str(error).partition("\n")[2], 220)
-        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width "
-                        f"{args.width:g} and the rest: {wrong}") from None
-
-
-# -------------------------------------------------------------------------------------------- loop
-
-# same as simsiam.py
-STOP = threading.Event()  # set by SIGTERM (SLURM, spot machines) and Ctrl-C: save and end
-
-
-# same as simsiam.py
-@contextlib.contextmanager
-def signals_caught():
-    """Within, SIGTERM and the first Ctrl-C set STOP; a second Ctrl-C means it."""
-    def catch(number, frame):
-        STOP.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    STOP.clear()
-    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# same as simsiam.py
-@signals_caught()
-def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
-        views: int) -> bool:
-    """The loop of every stage that trains; returns whether the run came to its end now.
-
-    step_function(batch, epoch) -> loss [] and what the monitor wants; monitor(that) and
-    evaluate(epoch) -> numbers for the log, the latter before the first and after each epoch. Steps
-    count from 0 over the whole run.
-    """
-    per_epoch = len(data.train) // args.batch_size  # what is left over in an epoch is dropped
-    total = args.epochs * per_epoch
-    stop = max(run.start, min(total, args.steps or total))
-    evaluated = False
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        if run.state["finished"]:
-            say(f"{args.out} is finished; --fresh starts over")
-            return False
-        evaluated, run.state = run.state["evaluated"], None  # frees the memory
-    model.train()
-    began = saved = mark = time.time()  # mark: when the interval since the last log line began
-    waited, first, losses = 0.0, run.start, torch.zeros((), device=args.device)
-
-    def save(step, evaluated=False):
-        keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
-        on_rank_0(lambda: run.save(model, optimizer, keep, step=step, evaluated=evaluated,
-                                   finished=evaluated and step == total))
-
-    def evaluate_at(step):
-        if record := evaluate(step // per_epoch):
-            run.log(epoch=step // per_epoch, step=step, **record)
-            say(f"epoch {step // per_epoch}/{args.epochs}  "
-                + "  ".join(f"{name} {100 * value:.1f} %" for name, value in record.items()))
-
-    if run.start % per_epoch == 0 and not evaluated:
-        evaluate_at(run.start)
-        mark = time.time()
-    stream = batches(args, data.train, run.start, stop, views)
-    for step in range(run.start, stop):
-        now = time.time()
-        batch = next(stream)
-        waited += time.time() - now
-        loss, seen = step_function(batch, step / per_epoch)
-        losses += loss
-        # On the CPU, so that no GPU is waited for; summed, so that all processes take one turn.
-        stopping, bad, saving = sum_over_processes(torch.tensor(
-            [STOP.is_set(), (batch.wanted != batch.shown).sum(),
-             rank() == 0 and time.time() - saved > 60 * args.save_every])).tolist()
-        if bad:
-            report_unreadable(data.train, batch.wanted, batch.shown)
-        ended = (step + 1) % per_epoch == 0
-        saving = saving or stopping or ended or step + 1 == stop
-        if saving or step % args.log_every == 0:
-            loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
-            norms = torch.stack(torch._foreach_norm([*model.parameters()]))
-            if not (losses.isfinite() and norms.isfinite().all()):
-                raise UserError(f"loss or weights stopped being finite in the steps {first} to "
-                                f"{step}: try a lower --base-lr, or --precision fp32; a last.pt in "
-                                f"{args.out} is from before")
-            count, seconds = step + 1 - first, time.time() - mark
-            record = dict(
-                epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
-                lr=optimizer.param_groups[0]["lr"], **monitor(seen),
-                images_per_s=round(count * args.batch_size / seconds, 1),
-                data_wait=round(waited / seconds, 4), memory_gb=round(peak_memory(args.device), 3),
-                seconds=round(time.time() - began, 1))
-            run.log(**record)
-            left = int((total - step - 1) * seconds / count)
-            say("  ".join(f"{name} {value:.4g}" for name, value in record.items())
-                + f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-            if ended and waited > 0.3 * seconds and data.train.pixels is None:
-                say("a third of the time went by waiting for images: give more --workers")
-            waited, first, losses, mark = 0.0, step + 1, torch.zeros_like(loss), time.time()
-        if saving:
-            save(step + 1)
-            saved = time.time()
-        if stopping:
-            say(f"stopped and saved after step {step}; the same command goes on")
-            return False
-        if ended:
-            evaluate_at(step + 1)
-            mark = time.time()
-    save(stop, evaluated=stop % per_epoch == 0)
-    say(f"finished: {args.out}" if stop == total else f"paused at step {stop} of {total}")
-    return stop == total
-
-
-# same as simsiam.py
-def peak_memory(device: torch.device) -> float:
-    """In GB: the GPU's, or else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-# ------------------------------------------------------------------------------------------- stages
-
-
-def pretrain(args) -> None:
-    """Algorithm 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    model = MoCoV3(build_encoder(args), args.dim, args.hidden_dim, args.projector_layers,
-                   args.predictor, args.predictor_output_bn, args.bn)
-    net = prepare(model, args)
-    if args.initial and all(name.startswith("encoder.") for name in args.initial.state):
-        # --init held an encoder alone: f_k starts as a copy of it, as always.
-        model.momentum_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    per_epoch = len(data.train) // args.batch_size
-    queue = QueueMonitor(data, args)
-    chance, floor = chance_and_floor(args.batch_size, args.temperature)
-    say(f"loss: {chance:.2f} by chance, never below {floor:.2f} (batch {args.batch_size}, "
-        f"temperature {args.temperature:g})")
-    timm_note(args)
-    largest = torch.zeros(2, device=args.device, dtype=args.dtype)  # norms since the last log line
-
-    def step(batch, epoch):
-        number = round(epoch * per_epoch)
-        # m of the step after this one: the keys are those of the authors' code (see the top).
-        m = momentum_schedule((number + 1) / per_epoch, args)
-        loss, q, h, norms = train_step(net, optimizer, *two_views(batch, args), epoch, m, args)
-        torch.maximum(largest, norms, out=largest)
-        if record := queue(model.encoder, h, batch.shown, number + 1):
-            run.log(epoch=round((number + 1) / per_epoch, 4), step=number + 1, **record)
-        return loss, (q, m)
-
-    def monitor(seen):
-        q, m = seen
-        q = all_gather(q)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        first, last = largest.tolist()
-        largest.zero_()
-        return {"chance": chance, "floor": floor, "std": feature_std(q), "rank": effective_rank(q),
-                "grad_first": first, "grad_last": last, "m": m}
-
-    run.save_views(data.train, 2, lambda batch: torch.cat(two_views(batch, args)))
-    if fit(args, run, data, model, optimizer, step, monitor, views=2,
-           evaluate=lambda epoch: knn_monitor(model.encoder, data, epoch, args)):
-        report_dips(run, len(data.val or ()))
-
-
-# same as simsiam.py
-class LinearProbe(nn.Module):
-    """A linear classifier on the frozen encoder, whose batch norms stay in eval mode."""
-
-    def __init__(self, encoder: nn.Module, classes: int):
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False)
-        self.fc = nn.Linear(encoder.feature_dim, classes)
-        nn.init.normal_(self.fc.weight, std=0.01)  # MoCo, arXiv:1911.05722, code; SimSiam's too
-        nn.init.zeros_(self.fc.bias)
-
-    def train(self, mode: bool = True) -> "LinearProbe":
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = self.encoder(x)
-        return self.fc(h)
-
-
-# same as simsiam.py
-def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Tensor:
-    """One step on labelled images: cross-entropy on a crop of each, in --accumulate parts -> []."""
-    x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
-    labels = images.labels[batch.shown].to(args.device)
-    optimizer.zero_grad()
-    loss = torch.zeros((), device=args.device, dtype=args.dtype)
-    for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
-        with autocast(args):
-            logits = net(x)
-        part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
-        part.backward()
-        loss += part.detach()
-    optimizer.step()
-    return loss
-
-
-# same as simsiam.py
-def linear(args) -> None:
-    """Linear evaluation: crops and flips, cross-entropy, cosine decay per epoch."""
-    data = load_data(args, labels=True)
-    model = LinearProbe(build_encoder(args), len(data.classes))
-    net = prepare(model, args)
-    lr = args.base_lr * args.batch_size / 256
-    larc = functools.partial(LARS, exclude_1d=False)
-    optimizer = (larc if args.optimizer == "larc" else torch.optim.SGD)(
-        model.fc.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    run = Run(args, data)
-    say(f"protocol: linear classifier on the frozen encoder (eval mode), {args.optimizer}, lr "
-        f"{args.base_lr:g} x {args.batch_size} / 256 = {lr:g}, {args.epochs} epochs, crops and "
-        f"flips; top-1 of the last epoch on {len(data.val)} val images")
-    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
-    h, shown = features(model.encoder, data.val, args)  # once, for the encoder does not change
-    val_labels = data.val.labels[shown.cpu()].to(args.device)
-
-    def step(batch, epoch):
-        cosine = math.cos(math.pi * int(epoch) / args.epochs)
-        optimizer.param_groups[0]["lr"] = lr * (1 + cosine) / 2
-        return classify_batch(net, optimizer, batch, data.train, args), None
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        return {"top1": (model.fc(h).argmax(dim=1) == val_labels).sum().item() / len(h)}
-
-    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
-
-
-# same as simsiam.py
-def embed(args) -> None:
-    """features.pt: features [n, feature_dim], paths, labels (or None), classes, of every image."""
-    data = load_data(args)
-    model = nn.Module()
-    model.encoder = build_encoder(args)
-    prepare(model, args)
-    rows, paths, labels = [], [], []
-    for images in filter(None, (data.train, data.val)):
-        h, _ = features(model.encoder, images, args)
-        good = [i for i in range(len(images)) if images.path(i) not in images.unreadable]
-        rows.append(h[good].cpu())
-        paths += [images.path(i) for i in good]
-        labels += images.labels[good].tolist() if data.val else []
-    result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
-              "classes": data.classes}
-    path = os.path.join(args.out, "features.pt")
-    on_rank_0(lambda: write_file(path, lambda file: torch.save(result, file)))
-    say(f"{path}: features {[*result['features'].shape]}")
-
-
-def export(args) -> None:
-    """encoder.pt and encoder.json of --init's backbone, without its heads."""
-    model = nn.Module()
-    model.encoder = build_encoder(args)
-    prepare(model, args)
-
-    def write():
+    for name, state in {"last.pt": run, "encoder.pt": weights}.items():
+        path = os.path.join(args.out, name)
         try:
-            os.makedirs(args.out, exist_ok=True)
-            write_encoder(model.encoder, args)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"could not write to {args.out}: {error}") from None
-
-    on_rank_0(write)
-    say(f"{os.path.join(args.out, 'encoder.pt')}: {args.arch}")
-    timm_note(args)
-
-
-def timm_note(args) -> None:
-    """Says what timm needs to be told so that encoder.pt loads there and means the same."""
-    own = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}  # timm's default head counts
-    size, patch = args.arch.removeprefix("vit_"), 14 if args.arch == "vit_huge" else 16
-    if size not in own:
-        return
-    if ((args.stem, args.pooling, args.mlp_norm) != ("patch", "class", "layer")
-            or args.position == "none" or args.patch_projection in ("batchnorm", "weightnorm")):
-        return say("encoder.pt: timm has no such ViT")
-    told = {"num_heads": (args.heads, own[size]), "img_size": (args.image_size, 224),
-            "patch_size": (args.patch_size, patch)}
-    told = [f"{name}={ours}" for name, (ours, theirs) in told.items() if ours != theirs]
-    say(f"encoder.pt: for timm's {args.arch}_patch{patch}_224 with num_classes=0"
-        + (f", {', '.join(told)}" if told else "")
-        + (f" (its own {own[size]} heads would load without a word, and be wrong)"
-           if args.heads != own[size] else ""))
+            with open(path + ".tmp", "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)  # a crash while saving leaves the old file intact
+        except (OSError, RuntimeError) as error:  # torch.save wraps some OSErrors in RuntimeError
+            Path(path + ".tmp").unlink(missing_ok=True)
+            sys.exit(f"cannot write {path}: {error}; the last checkpoint is intact")
+    Path(args.out, "encoder.json").write_text(json.dumps({x: getattr(args, x) for x in ENCODER}))
 
 
-# -------------------------------------------------------------------------------------------- main
+def read_checkpoint(path: str, advice: str) -> dict:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many kinds
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): {advice}")
+
+
+def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
+    """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
+    last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
+    args.config = json.loads(json.dumps(args.config))  # lists for tuples
+    if os.path.exists(last):
+        checkpoint = read_checkpoint(last, "delete it to start over")
+        old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
+        if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
+            sys.exit(f"{args.out} holds a run with other {', '.join(names)}: choose another --out")
+        print0(f"{args.out}: continuing from step {step}")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    stop = max(step, min(total, args.steps))
+    if all_gather(torch.tensor([step])).unique().numel() > 1:
+        sys.exit(f"--out {args.out} must be one folder that all machines share")
+    if rank() == 0 and (step == 0 or step < stop):
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        lines = [x for x in lines if x.endswith("\n")]  # a kill may cut the last one in two
+        path.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= step))
+        git = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
+        failed, commit = subprocess.getstatusoutput(git)
+        device = (torch.cuda.get_device_name() if args.device.type == "cuda" else
+                  f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
+        versions = {x.__name__: x.__version__ for x in (torch, torchvision, np)}
+        log(args, config=args.config, versions={"python": sys.version.split()[0], **versions},
+            hardware=f"{device}, {world_size()} processes of {torch.get_num_threads()} threads",
+            command=shlex.join(sys.argv), commit=None if failed else commit)
+    return step, stop
+
+
+def summarize(step: int, total: int, args) -> None:
+    """The line that a run ends with: its folder, and the accuracy before and after."""
+    if rank() == 0:
+        lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
+        found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
+        result = f", {found[0][0]} {found[0][1]:.1%} -> {found[-1][1]:.1%}" if found else ""
+        print(f"{args.out}: step {step} of {total}{result}", flush=True)
+
+
+def load_encoder(args) -> nn.Module:
+    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
+    try:
+        encoder = build_encoder(args)
+    except ValueError as error:
+        sys.exit(f"--arch {args.arch}: {error}")
+    if file := vars(args).pop("initial"):
+        weights, ours = file.get("state_dict", file.get("model", file)), encoder.state_dict()
+        which, stem = vars(args).get("init_encoder", "").removesuffix("encoder"), next(iter(ours))
+        prefix = min((name.removesuffix(stem) for name in weights if name.endswith(stem)
+                      and which in name), key=len, default=which)
+        heads = (prefix + "fc.", prefix + "head.")
+        weights = {name.removeprefix(prefix): x for name, x in weights.items() if torch.is_tensor(x)
+                   and name.startswith(prefix) and not name.startswith(heads)}
+        if wrong := [name for name in {**ours, **weights} if "num_batches_tracked" not in name and
+                     getattr(ours.get(name), "shape", 0) != getattr(weights.get(name), "shape", 0)]:
+            sys.exit(f"--init {args.init} does not fit --arch {args.arch}, width {args.width:g}, "
+                     f"small_images {args.small_images}: {', '.join(wrong[:3])} differ")
+        encoder.load_state_dict(weights, strict=False)
+    # MPS: batch norm in channels_last has wrong gradients (pytorch #175189).
+    fast = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
+    return encoder.to(args.device, args.dtype, memory_format=fast)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one stage; returns the exit code: 0, or 2 after one sentence about a user's mistake."""
+    def stop_soon(number, frame):
+        STOP.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends at once
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, stop_soon)
+    signal.signal(signal.SIGINT, stop_soon)
     try:
-        args = parse_args(argv)
-        setup(args)
-        {"pretrain": pretrain, "linear": linear, "embed": embed, "export": export}[
-            args.stage](args)
-        return 0
-    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        known = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                 KeyboardInterrupt: "interrupted; what was saved is whole"}
-        if rank() == 0:
-            print(f"{SCRIPT}.py: {known.get(type(error), error)}", file=sys.stderr, flush=True)
-        else:  # torchrun ends all processes when one ends: let rank 0 speak first
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(3)
-        return 2
-    finally:
+        setup(settle(args))
+        STAGES[args.stage](args)
         if dist.is_initialized():
-            # Gloo's thread lets go of the last collective's tensor, which takes the interpreter's
-            # lock, and destroying holds that lock while it waits for the thread: give it the time.
-            # Without this, one of five runs of two processes hung at its end (torch 2.6).
-            time.sleep(0.2)
+            time.sleep(0.2)  # torch 2.6's Gloo may deadlock if destroyed right after a collective
             dist.destroy_process_group()
+        return 0
+    except (KeyboardInterrupt, OSError) as error:  # OSError: a disk or a network that fails
+        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: the same command continues it")
+    except RuntimeError as error:
+        if "shared memory" not in f"{error} {error.__cause__}":
+            raise
+        sys.exit("/dev/shm is too small: use --workers 0, or docker's --shm-size")
+    finally:
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():  # of an error; they ignore SIGTERM
+            worker.kill()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
+    main()

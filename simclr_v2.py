@@ -1,77 +1,60 @@
 """SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners (Chen et al., 2020).
 
-Papers: https://arxiv.org/abs/2006.10029 ("v2"), https://arxiv.org/abs/2002.05709 ("v1", a recipe of
-this script). "authors' code": google-research/simclr at 383d414 (TensorFlow), of which we know
-settings and structure; "an author": in its issues; "recalled": from memory, since v2's appendices
-were not at hand. Three stages:
+Papers: https://arxiv.org/abs/2006.10029 ("v2") and https://arxiv.org/abs/2002.05709 ("v1", a recipe
+of this script). "Authors' code": google-research/simclr at 383d414 (TensorFlow); "an author": in
+its issues; "recalled": from memory, as we had no access to v2's appendices. Three stages:
 
-    1. pretrain: x1, x2 = t(x), t'(x)       # two views of each of N images     [N, 3, S, S]
-       h = f(x); z = g(h)                   # encoder f, deep head g, on all 2N views in one pass
-       L = -log(exp(cos(z_i, z_j) / tau) / sum_k exp(cos(z_i, z_k) / tau))      # v1, Eq. (1)
-                                            # j: the other view of i's image; k: all 2N - 1 but i
-    2. finetune: f_task(x) = W_task * s(BN(W1 * f(x)))    # s: ReLU; from the head's first layer on;
-                                            # cross-entropy, 1 % or 10 % of the labels
-    3. distill:  L = -sum_y P_T(y | x) log P_S(y | x)     # P = softmax(f_task(x) / tau); x: all
-                                            # images, no labels; teacher T fixed; student S, which
-                                            # starts at random (recalled) and has no head
+    1. pretrain: x1, x2 = t(x), t'(x)    # two random views of N images              [N, 3, S, S]
+       h = f(x); z = g(h)                # encoder f, head g; all 2N views in one pass    [2N, d]
+       L_i = -log(exp(cos(z_i, z_j) / tau) / sum_k exp(cos(z_i, z_k) / tau))        # v1, Eq. (1)
+                                         # j: the other view of i; k: all 2N views but i
+    2. finetune: f_task(x) = W_task * ReLU(BN(W_1 * f(x)))     # W_1: g's first layer [N, classes]
+                                         # cross-entropy, with 1 % or 10 % of the labels
+    3. distill: L = -sum_y P_T(y | x) log P_S(y | x)           # P = softmax(f_task(x) / tau)
+                                         # teacher T fixed, student S new; all images, no labels
 
-`--from-layer k` starts from the output of the head's k-th layer: 0 is the encoder's h, 1 what the
-first linear layer, its batch norm and ReLU make of it (kept, and trained on), the last is z.
+--from-layer k starts from the output of the head's k-th layer: 0 is the encoder's h, 1 the output
+of the first linear layer, its batch norm and ReLU, which are kept and trained; the last one is z.
 
-The gradient passes through the gather of all processes' z, and batch norm, in the head too, sees
-the 2N views of all: both are what makes the global batch one. LARS has the lr inside its momentum;
-biases and norms take the raw lr, undecayed, and a classifier's matrix takes it decayed.
+The gradient passes through the gather of all processes' z, and batch norm, also in the head, sees
+the views of all: that makes one global batch of them. The loss is twice v1's mean, as in the
+authors' code. Distillation's is times tau^2, as in their notebook; LARS hides this from weights,
+not from norms and biases (--no-tau-squared). v2's memory (--queue 65536) is off, as their code
+lacks it: ResNet-50 reaches 71.7 % with it, 71.1 % without (an author). Its details are our choice:
+both views query and enter, the momentum encoder is in train mode, the queue starts at random.
 
-Departures from the papers: the loss is twice v1's mean, as in the authors' code. Distillation's is
-times tau^2, as in their notebook: at tau 0.1 a hundredth of the formula's (--no-tau-squared), which
-LARS hides from the weights, but not from norms and biases. v2's memory (--queue 65536) is off, for
-their code lacks it: 71.7 % with it, 71.1 % without (ResNet-50, an author). Not known of it, so our
-choice: both views ask and enter; the momentum encoder's batch norms are in train mode, on its own
-2N views; the queue starts at random.
+Differences from the authors' code: bfloat16 where the hardware supports it; the rest of an epoch is
+dropped (there: batches across epochs); He initialization (there: 1 / sqrt(fan_in)); torchvision's
+crops and colors (there: bicubic, contrast around each channel's mean, saturation in HSV, one sigma
+of blur a batch; v1: brightness by an offset); symmetric padding of the max-pool; no projection in
+the first shortcut of ResNet-18 and -34; fine-tuning makes a new classifier (there, in TensorFlow 2:
+the online one, which has seen all labels) and trains the kept layer (in TensorFlow 1: not).
 
-Departures from the authors' code: an epoch drops what is left over (there, batches run on across
-epochs: a few more steps; both numbers are printed), so that a step's images are a function of seed
-and step; bfloat16 forward pass on hardware that has it; He initialisation (there: truncated normal,
-1 / sqrt(fan_in)); torchvision's crops, bilinear, and colours (there: bicubic, contrast around each
-channel's mean, saturation in HSV, one sigma of blur a batch; in v1 brightness by an offset);
-symmetric padding of the max-pool; no projection in the first shortcut of ResNet-18 and -34; in the
-head a last batch norm whose bias is fixed at 0 (there: none); a new classifier for fine-tuning
-(there, in TensorFlow 2: the online one, which has seen all labels) and a kept head layer that is
-trained (there, in TensorFlow 1: not; of the paper's runs it is not known). Their checkpoints,
-TensorFlow's, are not read.
-
-    python simclr_v2.py                                             # built-in images, a minute
+    python simclr_v2.py                                             # built-in images, any machine
     torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --arch resnet152 --width 3 --sk
     torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --recipe imagenet-v1  # SimCLR v1
     python simclr_v2.py finetune --init runs/simclr_v2-demo/last.pt --labels 0.01        # stage 2
-    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune  # stage 3: self-distillation
-    python simclr_v2.py distill --teacher runs/simclr_v2-demo-distill --width 0.125 --out runs/small
-    python simclr_v2.py linear --init runs/simclr_v2-demo/last.pt   # linear evaluation
-    python simclr_v2.py embed --init runs/simclr_v2-demo/last.pt --data FOLDER  # its features
+    python simclr_v2.py distill --teacher runs/simclr_v2-demo-finetune/last.pt           # stage 3
+    python simclr_v2.py linear --init runs/simclr_v2-demo/last.pt   # linear evaluation, same data
 """
 
 import argparse
-import contextlib
 import copy
-import fcntl
-import functools
+import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
-import platform
-import resource
+import re
 import shlex
 import signal
 import subprocess
 import sys
-import textwrap
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -80,155 +63,189 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
 
-from common import (BLOCKS, LARS, VITS, AllReduceSum, demo_images, resnet, synchronize_batch_norm,
-                    vit)
+from common import (
+    BLOCKS, LARS, VITS, all_gather, color_jitter, crop_boxes, demo_images, draws, effective_rank,
+    feature_std, gather_with_grad, gaussian_blur, generator, grayscale, knn_accuracy, normalize,
+    print0, rank, resized_crop, resnet, sync_batch_norm, to_device, vit, world_size)
 
-# ----------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
-# Every field is also a flag (--base-lr 0.2). Columns: v2 on ImageNet; v1 on ImageNet; ViT, of which
-# neither speaks: lr and decay of MoCo v3's comparison (arXiv:2104.02057, Sec. 4.2), the rest as in
-# moco_v3.py and v2; CIFAR: the authors' code's command (README); the demo's: our choice.
-RECIPE_NAMES = ("imagenet", "imagenet-v1", "imagenet-vit", "cifar", "demo")
-PRETRAIN = {
-    # ---------------- imagenet - v1 ----- vit ----- cifar ---- demo
-    "arch":               ("resnet50", "resnet50", "vit_small", "resnet18", "resnet10"),
-    "width":              (1.0, 1.0, 1.0, 1.0, 0.25),  # of a ResNet. v2, Table 1: 1 to 3
-    "sk":                 (False,) * 5,        # selective kernels, ratio 0.0625: authors' code
-    "small_images":       (False, False, False, True, True),  # a ResNet's 3x3 stem (v1, App. B.9),
-    #                    no margin in the test view (authors' code)
-    "zero_init_residual": (True,) * 5,         # authors' code
-    "patch_size":         (16, 16, 16, 4, 8),  # of a ViT, pixels: as in moco_v3.py
-    "heads":              (0,) * 5,            # 0: arXiv:2104.02057, Table 2's, 12 for vit_small
-    "patch_projection":   ("frozen",) * 5,     # of a ViT. arXiv:2104.02057, Sec. 4.2
-    "head_layers":        (3, 2, 3, 3, 3),     # both papers'; CIFAR: authors' code. 0: z is h
-    "dim":                (128,) * 5,          # of z. authors' code
-    # ---------------- optimisation
-    "temperature":        (0.1, 0.1, 0.1, 0.5, 0.1),  # tau. authors' code; v1's: recalled
-    "queue":              (0,) * 5,            # so many negatives from earlier batches; v2: 64K
-    "ema_momentum":       (0.999,) * 5,        # of their encoder. v2, Sec. 3
-    "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),  # v2, Sec. 3; authors' code
-    "epochs":             (800, 1000, 300, 1000, 3),  # v2, Sec. 3.1; v1, Sec. 6
-    "batch_size":         (4096, 4096, 4096, 512, 64),  # of all processes together. v2, Sec. 3.1
-    "lr_rule":            ("sqrt", "linear", "linear", "linear", "sqrt"),  # lr is base_lr times
-    #                    sqrt(batch_size) or batch_size / 256. v1, App. B.1; v2's: an author
-    "base_lr":            (0.1, 0.3, 2e-4, 1.0, 0.6),  # v2's: an author; v1's by sqrt: 0.075
-    "warmup_epochs":      (40.0, 10.0, 40.0, 10.0, 0.5),  # v2's: 5 % of its 800, an author
-    "momentum":           (0.9,) * 5,          # of LARS and SGD. v2, Sec. 3; authors' code
-    "weight_decay":       (1e-4, 1e-6, 0.1, 1e-4, 1e-6),  # v2's: authors' code; v1's: its text
-    "precision":          ("auto",) * 5,       # auto: bf16 where native, else fp32: ours
-    # ---------------- augmentation, the same for both views. v1, App. A
-    "image_size":         (224, 224, 224, 32, 32),  # pixels
-    "crop_min":           (0.08, 0.08, 0.08, 0.08, 0.4),  # least share of the area
-    "jitter":             ((0.8, 0.8, 0.8, 0.2),) * 3 + ((0.4, 0.4, 0.4, 0.1),) * 2,  # brightness,
-    #                    contrast, saturation, hue: strength 1; CIFAR: 1/2 (v1, App. B.9)
-    "jitter_prob":        (0.8,) * 5,
-    "gray_prob":          (0.2,) * 5,
-    "blur_prob":          (0.5, 0.5, 0.5, 0.0, 0.0),  # CIFAR: none (v1, App. B.9)
-    "mean":               ((0.0, 0.0, 0.0),) * 4 + ((0.5, 0.5, 0.5),),  # pixels stay in [0, 1]:
-    "std":                ((1.0, 1.0, 1.0),) * 4 + ((0.25, 0.25, 0.25),),  # authors' code
-    # ---------------- kNN monitor. community: lightly
-    "knn_k":              (200,) * 5,
-    "knn_temperature":    (0.1,) * 5,
-}
-LINEAR = {  # v1, App. B.5, B.6; CIFAR: authors' code; ViT, demo: our choice
-    "labels":             ("1.0",) * 5,        # share of the labels, or a file that lists images
-    "from_layer":         (0,) * 5,            # of the head: see above
-    "optimizer":          ("sgd",) * 5,        # with Nesterov's momentum
-    "lr_rule":            ("linear",) * 5,
-    "base_lr":            (0.1, 0.1, 0.1, 0.1, 1.0),  # 1.6 at batch 4096
-    "epochs":             (90, 90, 90, 100, 10),
-    "batch_size":         (4096, 4096, 4096, 512, 250),
-    "warmup_epochs":      (0.0,) * 5,
-    "momentum":           (0.9,) * 5,
-    "weight_decay":       (0.0,) * 5,          # authors' code: 1e-6; paper: none
-    "crop_min":           (0.08, 0.08, 0.08, 0.08, 1.0),  # the demo's would often lose the shape
-    "precision":          ("auto",) * 5,
-}
-FINETUNE = {  # with 1 % of the labels: v2, Sec. 3.1, authors' code; v1, App. B.5. For other shares
-              # `published` below changes epochs and from_layer. ViT, CIFAR, demo: our choice
-    "labels":             ("0.01",) * 5,
-    "from_layer":         (1, 0, 0, 1, 1),
-    "optimizer":          ("lars", "sgd", "sgd", "sgd", "lars"),
-    "lr_rule":            ("sqrt", "linear", "linear", "linear", "sqrt"),
-    "base_lr":            (0.005, 0.05, 0.05, 0.1, 0.01),  # wide or SK: 0.002 (recalled)
-    "epochs":             (60,) * 5,
-    "batch_size":         (1024, 4096, 1024, 64, 20),
-    "warmup_epochs":      (0.0,) * 5,
-    "momentum":           (0.9,) * 5,
-    "weight_decay":       (0.0,) * 5,
-    "crop_min":           LINEAR["crop_min"],
-    "precision":          ("auto",) * 5,
-}
-DISTILL = {  # v2, Sec. 3.1: 400 epochs; lr, 5 % of warm-up, decay, batch as in stage 1: recalled;
-             # LARS: authors' notebook ("arbitrary": an author). v1 has no such stage: its column,
-             # ViT's, CIFAR's, the demo's: our choice
-    "teacher":            ("",) * 5,           # run folder of a fine-tuned or distilled network
-    "temperature":        (1.0,) * 5,          # tau. v2, Sec. 3.1; for self-distillation 0.1
-    "tau_squared":        (True,) * 5,         # loss times tau^2: authors' notebook; see above
-    "alpha":              (1.0,) * 5,          # share of distillation (v2, Sec. 3); the rest,
-    #                    labels: recalled
-    "labels":             ("0.01",) * 5,       # which ones, if alpha is below 1: by default those
-    #                    that the teacher was fine-tuned with
-    "optimizer":          ("lars", "lars", "adamw", "lars", "lars"),
-    "lr_rule":            PRETRAIN["lr_rule"],
-    "base_lr":            (*PRETRAIN["base_lr"][:4], 0.2),
-    "epochs":             (400, 400, 300, 400, 5),
-    "batch_size":         (4096, 4096, 4096, 512, 100),
-    "warmup_epochs":      (20.0, 20.0, 20.0, 20.0, 0.5),
-    "momentum":           (0.9,) * 5,
-    "weight_decay":       PRETRAIN["weight_decay"],
-    "crop_min":           LINEAR["crop_min"],
-    "precision":          ("auto",) * 5,
-}
-TABLES = {"pretrain": PRETRAIN, "linear": LINEAR, "finetune": FINETUNE, "distill": DISTILL,
-          "embed": {"precision": ("auto",) * 5}}
-CHOICES = {
-    "arch": (*(f"resnet{depth}" for depth in BLOCKS), *(f"vit_{size}" for size in VITS)),
-    "patch_projection": ("frozen", "learned"),
-    "optimizer": ("lars", "sgd", "adamw"),
-    "lr_rule": ("sqrt", "linear"),
-    "precision": ("auto", "bf16", "fp32", "fp64"),
-}
-ENCODER = ("arch", "width", "sk", "small_images", "zero_init_residual", "patch_size", "heads",
-           "patch_projection", "image_size", "mean", "std", "head_layers", "dim")
 SCRIPT = "simclr_v2"
+ARCHS = (*(f"resnet{depth}" for depth in BLOCKS), *(f"vit_{size}" for size in VITS))
 
-# ------------------------------------------------------------------------------------ augmentation
+
+@dataclasses.dataclass
+class Pretrain:
+    """v2's ImageNet recipe. Every field is also a flag: --base-lr 0.1, --sk."""
+
+    arch: Literal[ARCHS] = "resnet50"
+    width: float = 1.0                  # of a ResNet, multiplies all channel counts. v2: 1 to 3
+    sk: bool = False                    # selective kernels, ratio 0.0625: authors' code
+    small_images: bool = False          # a ResNet's 3x3 stem without pooling, v1, App. B.9
+    zero_init_residual: bool = True     # authors' code
+    patch_size: int = 16                # of a ViT, pixels
+    heads: int = 0                      # of a ViT. 0: arXiv:2104.02057, Table 2
+    patch_projection: Literal["frozen", "learned"] = "frozen"  # of a ViT, arXiv:2104.02057, 4.2
+    head_layers: int = 3                # v2, Sec. 3. 0: z is h
+    dim: int = 128                      # d, authors' code
+    # optimization
+    temperature: float = 0.1            # tau, authors' code
+    queue: int = 0                      # negatives from earlier batches. v2: 65536
+    ema_momentum: float = 0.999         # of their encoder, v2, Sec. 3
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # v2, Sec. 3
+    epochs: int = 800                   # v2, Sec. 3.1
+    batch_size: int = 4096              # of all processes together, v2, Sec. 3.1
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"  # an author; see set_lr
+    base_lr: float = 0.1                # an author
+    warmup_epochs: float = 40.0         # 5 %, an author
+    momentum: float = 0.9               # of LARS and SGD, v2, Sec. 3
+    weight_decay: float = 1e-4          # authors' code
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 where native; ours
+    # augmentation, the same for both views: v1, App. A
+    image_size: int = 224
+    crop_min: float = 0.08              # smallest crop, as a fraction of the image's area
+    jitter: tuple = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue: strength 1
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    blur_prob: float = 0.5
+    mean: tuple = (0.0, 0.0, 0.0)       # pixels stay in [0, 1]: authors' code
+    std: tuple = (1.0, 1.0, 1.0)
+    knn_k: int = 200                    # of the kNN monitor: ours, as in lightly
+    knn_temperature: float = 0.1
+
+
+@dataclasses.dataclass
+class Linear:
+    """Linear evaluation on ImageNet: v1, App. B.5 and B.6."""
+
+    labels: str = "1.0"                 # fraction of the labels, or a file that lists images
+    from_layer: int = 0                 # of the head, see above
+    optimizer: Literal["lars", "sgd", "adamw"] = "sgd"  # with Nesterov momentum
+    lr_rule: Literal["sqrt", "linear"] = "linear"
+    base_lr: float = 0.1                # lr 1.6 at batch 4096
+    epochs: int = 90
+    batch_size: int = 4096
+    warmup_epochs: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0           # authors' code: 1e-6; the paper: none
+    crop_min: float = 0.08
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+
+
+@dataclasses.dataclass
+class Finetune(Linear):
+    """Fine-tuning with 1 % of ImageNet's labels: v2, Sec. 3.1. For more labels and for larger
+    networks published() changes epochs, from_layer and base_lr."""
+
+    labels: str = "0.01"
+    from_layer: int = 1
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    base_lr: float = 0.005              # authors' code
+    epochs: int = 60
+    batch_size: int = 1024              # authors' code
+
+
+@dataclasses.dataclass
+class Distill:
+    """Distillation on ImageNet: v2, Sec. 3.1; lr, warm-up, decay and batch as in stage 1:
+    recalled; LARS: authors' notebook ("arbitrary": an author)."""
+
+    temperature: float = 1.0            # tau. Into a network like the teacher: 0.1, see distill()
+    tau_squared: bool = True            # loss times tau^2: authors' notebook; see above
+    alpha: float = 1.0                  # weight of distillation; 1 - alpha: of labels, recalled
+    labels: str = ""                    # which, if alpha < 1. "": the teacher's
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    base_lr: float = 0.1
+    epochs: int = 400
+    batch_size: int = 4096
+    warmup_epochs: float = 20.0         # 5 %
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    crop_min: float = 0.08
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+
+
+CIFAR = Pretrain(  # the command in the authors' code; jitter of strength 1/2, no blur: v1, App. B.9
+    arch="resnet18", small_images=True, patch_size=4, temperature=0.5, epochs=1000, batch_size=512,
+    lr_rule="linear", base_lr=1.0, warmup_epochs=10.0, image_size=32,
+    jitter=(0.4, 0.4, 0.4, 0.1), blur_prob=0.0)
+RECIPES = {  # what names no source is our choice
+    "pretrain": {
+        "imagenet": Pretrain(),
+        "imagenet-v1": Pretrain(  # v1, Sec. 6; temperature: recalled; by sqrt base_lr is 0.075
+            head_layers=2, epochs=1000, lr_rule="linear", base_lr=0.3, warmup_epochs=10.0,
+            weight_decay=1e-6),
+        "imagenet-vit": Pretrain(  # lr and decay: MoCo v3's comparison, arXiv:2104.02057, Sec. 4.2
+            arch="vit_small", optimizer="adamw", epochs=300, lr_rule="linear", base_lr=2e-4,
+            weight_decay=0.1),
+        "cifar": CIFAR, "stl10": dataclasses.replace(CIFAR, image_size=96),
+        "demo": dataclasses.replace(  # shrunk to run in a minute on two CPU cores
+            CIFAR, arch="resnet10", width=0.25, patch_size=8, temperature=0.1, epochs=3,
+            batch_size=64, lr_rule="sqrt", base_lr=0.6, warmup_epochs=0.5, weight_decay=1e-6,
+            crop_min=0.4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))},
+    "linear": {
+        **dict.fromkeys(("imagenet", "imagenet-v1", "imagenet-vit"), Linear()),
+        **dict.fromkeys(("cifar", "stl10"), Linear(epochs=100, batch_size=512)),  # authors' code
+        "demo": Linear(base_lr=1.0, epochs=10, batch_size=250, crop_min=1.0)},  # whole shapes
+    "finetune": {
+        "imagenet": Finetune(),
+        "imagenet-v1": Finetune("0.01", 0, "sgd", "linear", 0.05, 60, 4096),  # v1, App. B.5
+        "imagenet-vit": Finetune("0.01", 0, "sgd", "linear", 0.05),
+        **dict.fromkeys(("cifar", "stl10"), Finetune("0.01", 1, "sgd", "linear", 0.1, 60, 64)),
+        "demo": Finetune(base_lr=0.01, batch_size=20, crop_min=1.0)},
+    "distill": {
+        "imagenet": Distill(),
+        "imagenet-v1": Distill(lr_rule="linear", base_lr=0.3, weight_decay=1e-6),
+        "imagenet-vit": Distill(
+            optimizer="adamw", lr_rule="linear", base_lr=2e-4, epochs=300, weight_decay=0.1),
+        **dict.fromkeys(("cifar", "stl10"), Distill(lr_rule="linear", base_lr=1.0, batch_size=512)),
+        "demo": Distill(base_lr=0.2, epochs=5, batch_size=100, warmup_epochs=0.5,
+                        weight_decay=1e-6, crop_min=1.0)}}
+ENCODER = ("arch", "width", "sk", "small_images", "zero_init_residual", "patch_size", "heads",
+           "patch_projection", "image_size", "mean", "std")
+
+# ------------------------------------------------------------------------------------- augmentation
+
+COLOR_DRAWS = 13  # uniform random numbers for one view of one image; augment uses the first 12
 
 
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
-    """Second stage of a view, on the device (v1, App. A): colours, blur. Later stages go without.
-
-    x [B, 3, S, S] in [0, 1]: random crops, flipped with probability 0.5 (the first stage: `Stage1`
-    and `resized_crop` below). u [B, COLOUR_DRAWS]: uniform random numbers, each image's own.
-    """
-    x = color_jitter(x, u[:, 0:9], args.jitter, args.jitter_prob)
-    x = grayscale(x, u[:, 9], args.gray_prob)
-    x = gaussian_blur(x, u[:, 10:12], args.blur_prob, sigma=(0.1, 2.0))  # v1, App. A
+    """Colors and blur (v1, App. A) of x [B, 3, S, S] in [0, 1], crops that training_batches() has
+    made and flipped. u [B, COLOR_DRAWS]: uniform random numbers. Later stages use crops alone."""
+    u_jitter, u_gray, u_blur, _ = u.split([9, 1, 2, 1], dim=1)
+    x = color_jitter(x, u_jitter, args.jitter, args.jitter_prob)
+    x = grayscale(x, u_gray[:, 0], args.gray_prob)
+    x = gaussian_blur(x, u_blur, args.blur_prob, sigma=(0.1, 2.0))
     return normalize(x, args.mean, args.std)
 
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def build_encoder(args) -> nn.Module:
-    """Images [B, 3, S, S] -> features h [B, feature_dim]: f, what one keeps."""
+    """f, the part that is kept: images [B, 3, S, S] -> features h [B, feature_dim]."""
     if args.arch.startswith("resnet"):
         return resnet(int(args.arch.removeprefix("resnet")), args.width, 0.0625 * args.sk,
                       small_images=args.small_images, zero_init_residual=args.zero_init_residual)
-    return vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size, heads=args.heads,
-               patch_projection=args.patch_projection)
+    # A frozen patch projection stabilizes pre-training. Later stages train it, too.
+    projection = args.patch_projection if args.stage == "pretrain" else "learned"
+    encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size,
+                  heads=args.heads, patch_projection=projection)
+    args.heads = encoder.heads  # for encoder.json: the number itself, not 0
+    return encoder
 
 
 def projection_head(in_dim: int, layers: int, dim: int) -> nn.Sequential:
-    """g: [B, in_dim] -> [B, dim]. A layer is linear, batch norm, ReLU, as wide as its input; the
-    last has no ReLU, and its batch norm no bias (authors' code). No layers: g(h) = h."""
+    """g: h [B, in_dim] -> z [B, dim]. A layer is linear, batch norm, ReLU, as wide as its input.
+    The last one has no ReLU, and its batch norm no bias (authors' code). 0 layers: z is h."""
     head = nn.Sequential()
-    for last in [False] * (layers - 1) + [True] * (layers > 0):
+    for layer in range(1, layers + 1):
+        last = layer == layers
         out_dim = dim if last else in_dim
         linear, norm = nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim)
         nn.init.normal_(linear.weight, std=0.01)  # authors' code
@@ -238,11 +255,9 @@ def projection_head(in_dim: int, layers: int, dim: int) -> nn.Sequential:
 
 
 class SimCLR(nn.Module):
-    """g(f(.)), an online classifier of f's features, and with a queue the momentum encoder's keys.
-
-    encoder maps images [B, 3, S, S] to [B, encoder.feature_dim]. queue: negatives kept, 0 for none.
-    classes: of the online classifier, whose gradient f never sees; 0 for none.
-    """
+    """g(f(x)). classes: with an online classifier on h, whose gradient does not reach the encoder.
+    queue: with a momentum encoder and head, and so many of its keys as further negatives.
+    encoder: images [B, 3, S, S] -> h [B, encoder.feature_dim]."""
 
     def __init__(self, encoder: nn.Module, dim: int = 128, head_layers: int = 3, queue: int = 0,
                  classes: int = 0):
@@ -262,9 +277,9 @@ class SimCLR(nn.Module):
             self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor):
-        """Both views of N images [2N, 3, S, S], the first ones first, in one pass -> z1, z2 [N, d];
-        the momentum encoder's (k1, k2) or None; the online logits [2N, classes] or None."""
-        h = self.encoder(x)
+        """x [2N, 3, S, S], first views before second ones -> z1, z2 [N, d]; the momentum encoder's
+        keys (k1, k2) of that shape, or None; the online logits [2N, classes], or None."""
+        h = self.encoder(x)  # one pass: batch norm sees both views
         z1, z2 = self.projector(h).chunk(2)
         keys = None
         if self.queue is not None:
@@ -274,57 +289,26 @@ class SimCLR(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: tuple[Tensor, Tensor], m: float) -> None:
-        """After a step: the momentum encoder follows the updated weights, and both views' keys, of
-        all processes, take the places of the oldest."""
-        update_ema([*self.key_encoder.parameters(), *self.key_projector.parameters()],
-                   [*self.encoder.parameters(), *self.projector.parameters()], m)
-        keys = torch.cat([all_gather(unit(k)) for k in keys]).to(self.queue.dtype)
+        """After a step: the momentum encoder follows the new weights; the keys of both views, of
+        all processes, replace the oldest ones in the queue."""
+        torch._foreach_lerp_([*self.key_encoder.parameters(), *self.key_projector.parameters()],
+                             [*self.encoder.parameters(), *self.projector.parameters()], 1 - m)
+        keys = torch.cat([all_gather(F.normalize(k.to(self.queue), dim=1, eps=1e-6)) for k in keys])
         place = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[place] = keys
         self.oldest.copy_((self.oldest + len(keys)) % len(self.queue))
 
 
-# same as moco_v3.py
-def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
-    """target = m * target + (1 - m) * online, in place, all tensors at once."""
-    torch._foreach_lerp_(target, online, 1 - m)
-
-
-class TaskNetwork(nn.Module):
+def task_network(encoder: nn.Module, kept: nn.Sequential, classes: int) -> nn.Sequential:
     """f_task (v2, Sec. 2): a new linear classifier on the kept layers of the head on the encoder.
-    [B, 3, S, S] -> [B, classes]. frozen: only the classifier is trained; the rest in eval mode."""
-
-    def __init__(self, encoder: nn.Module, kept: list[nn.Module], classes: int,
-                 frozen: bool = False):
-        super().__init__()
-        self.encoder, self.projector, self.frozen = encoder, nn.Sequential(*kept), frozen
-        if frozen:
-            self.requires_grad_(False)
-        width = kept[-1][0].out_features if kept else encoder.feature_dim
-        self.fc = nn.Linear(width, classes)
-        nn.init.zeros_(self.fc.weight)  # authors' code's commands: zero_init_logits_layer
-        nn.init.zeros_(self.fc.bias)
-
-    def train(self, mode: bool = True) -> "TaskNetwork":
-        super().train(mode)
-        self.encoder.train(mode and not self.frozen)
-        self.projector.train(mode and not self.frozen)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            y = self.projector(self.encoder(x))
-        return self.fc(y)
+    Images [B, 3, S, S] -> logits [B, classes]."""
+    fc = nn.Linear(kept[-1][0].out_features if len(kept) else encoder.feature_dim, classes)
+    nn.init.zeros_(fc.weight)  # zero_init_logits_layer in the authors' commands
+    nn.init.zeros_(fc.bias)
+    return nn.Sequential(OrderedDict(encoder=encoder, projector=kept, fc=fc))
 
 
-# -------------------------------------------------------------------------------------------- loss
-
-
-# same as byol.py
-def unit(x: Tensor) -> Tensor:
-    """Rows of x [B, d] at length 1, in float32 at least."""
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return F.normalize(x, dim=1, eps=1e-6)  # BYOL's code: 1e-12, of the square
+# --------------------------------------------------------------------------------------------- loss
 
 
 def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
@@ -332,61 +316,57 @@ def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
                     queue: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosines / tau of this process's anchors with all candidates, and each anchor's positive.
 
-    z1, z2 [n, d] of one process -> logits [2n, 2N], labels [2n]. With z = (a, b) and N = 2:
+    z1, z2 [n, d] of one process -> logits [2n, 2N], positives [2n]. With z = (a, b) and N = 2:
 
-               b1     b2     a1     a2        a positive stands at row number + rank * n: the label;
-        a1   (a1b1)  a1b2    -inf   a1a2      an anchor is no candidate for itself
+               b1     b2     a1     a2        a positive stands at row number + rank * n; an
+        a1   (a1b1)  a1b2    -inf   a1a2      anchor is no candidate for itself
         a2    a2b1  (a2b2)   a2a1   -inf
                a1     a2     b1     b2
         b1   (b1a1)  b1a2    -inf   b1b2
         b2    b2a1  (b2a2)   b2b1   -inf
 
-    The columns' a and b are all processes', with gradient. With keys they are the momentum
+    The columns' a and b are those of all processes, with gradient. With keys they are the momentum
     encoder's, without, and queue [K, d] adds K columns of negatives (our reading of v2's memory).
     """
     with torch.autocast(z1.device.type, enabled=False):  # which would round the products
-        z1, z2 = unit(z1), unit(z2)
-        a, b = (gather_with_gradient(z) for z in (z1, z2)) if keys is None else (
-            all_gather(unit(k.detach()).to(z1.dtype)) for k in keys)
+        z1, z2, *keys = (F.normalize(z.float() if z.element_size() == 2 else z, dim=1, eps=1e-6)
+                         for z in (z1, z2, *(keys or ())))
+        a, b = map(all_gather, keys) if keys else map(gather_with_grad, (z1, z2))
         logits = torch.cat([torch.cat([z1 @ b.T, z1 @ a.T], dim=1),
                             torch.cat([z2 @ a.T, z2 @ b.T], dim=1)])
         if queue is not None:
             logits = torch.cat([logits, torch.cat([z1, z2]) @ queue.detach().to(z1.dtype).T], dim=1)
-        row = torch.arange(2 * len(z1), device=z1.device)
-        positive = row % len(z1) + (rank() * len(z1) if len(a) > len(z1) else 0)
-        logits[row, positive + len(a)] = -math.inf
-        return logits / temperature, positive
+        column = torch.arange(logits.shape[1], device=logits.device)
+        positive = column[:len(z1)].repeat(2) + (rank() * len(z1) if len(a) > len(z1) else 0)
+        itself = column == positive[:, None] + len(a)  # no index: that would wait for the GPU
+        return logits.masked_fill(itself, -math.inf) / temperature, positive
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float,
                  keys: tuple[Tensor, Tensor] | None = None, queue: Tensor | None = None) -> Tensor:
-    """NT-Xent (v1, Eq. 1, Alg. 1): the mean over the 2N anchors. ln(2N - 1) where all z are equal.
-
-    z1, z2 [n, d] of one process, of any length -> [], in float32 at least. The mean over processes,
-    and DDP's mean of its gradient, are the global batch's. keys, queue: see contrast_logits.
-    """
+    """NT-Xent (v1, Eq. 1, Alg. 1): the mean over 2N anchors. ln(2N - 1) where all z are equal.
+    z1, z2 [n, d]: this process's, of any length -> [], in float32 at least. The mean over processes
+    is the loss of the global batch. keys, queue: see contrast_logits."""
     return F.cross_entropy(*contrast_logits(z1, z2, temperature, keys, queue))
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """-sum_y P_T(y | x) log P_S(y | x) at that temperature (v2, Sec. 2): the mean over the images.
-
-    Logits [n, classes] -> [], in float32 at least. The teacher gets no gradient; its entropy is the
-    least value. The factor tau^2 is distill_step's.
-    """
-    student, teacher = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    """-sum_y P_T(y | x) log P_S(y | x) (v2, Sec. 2), averaged over the images. Logits [n, classes]
+    -> [], in float32 at least. The teacher gets no gradient. The minimum is the teacher's entropy.
+    The factor tau^2 is applied in distill_step."""
+    student, teacher = (x.float() if x.element_size() == 2 else x
                         for x in (student_logits, teacher_logits.detach()))
     with torch.autocast(student.device.type, enabled=False):
         return F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
 
 
-# ---------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """LARS, the lr inside its momentum: norms and biases neither decayed nor adapted, a
-    classifier's matrix decayed alone, a student's adapted too (authors' notebook). Nesterov's SGD,
-    and AdamW (MoCo v3's): all decayed but batch norms. The rest: authors' code."""
+    """LARS with the lr inside the momentum: norms and biases get the raw lr and no decay, the
+    matrix of a classifier the raw lr, but a student's is adapted like the others (authors' code and
+    notebook). Nesterov SGD, and AdamW as in MoCo v3: decay on all but batch norms."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if args.optimizer == "lars":
         raw = [named.pop(name) for name in ("online.weight", "fc.weight")
@@ -405,16 +385,8 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.momentum > 0, **how)
 
 
-def peak_lr(args) -> float:
-    """By the number of images in the global batch, not of views (v1, App. B.1)."""
-    return args.base_lr * (math.sqrt(args.batch_size) if args.lr_rule == "sqrt"
-                           else args.batch_size / 256)
-
-
-# same as moco_v3.py
 def warmup_cosine(epoch: float, args) -> float:
-    """The lr as a share of its peak: linear from 0 over the warm-up, then half a cosine to 0, step
-    by step (MoCo v3's code). With a warm-up the first step of all has lr 0."""
+    """Factor on the lr: linear from 0 over the warm-up, then half a cosine to 0, at every step."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
@@ -422,20 +394,22 @@ def warmup_cosine(epoch: float, args) -> float:
 
 
 def set_lr(optimizer, epoch: float, args) -> None:
+    """Scaled by the number of images in the global batch, not of views (v1, App. B.1)."""
+    scale = math.sqrt(args.batch_size) if args.lr_rule == "sqrt" else args.batch_size / 256
     for group in optimizer.param_groups:
-        group["lr"] = peak_lr(args) * warmup_cosine(epoch, args)
+        group["lr"] = args.base_lr * scale * warmup_cosine(epoch, args)
 
 
-def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float, args):
-    """One step of stage 1. x: both views [2n, 3, S, S]; labels [n], below 0 where unknown, for the
-    online classifier, or None; epoch: passes over the data so far, a fraction within one. Returns,
-    detached, the loss [], z1 and z2 [n, d], and the online logits [2n, classes] or None."""
+def train_step(model, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
+    """One step of stage 1. x: both views [2n, 3, S, S]; labels [n], -1 where unknown, for the
+    online classifier; epoch may be fractional. Returns, detached, the loss [], z1 and z2 [n, d],
+    and the online logits [2n, classes] or None."""
     module = getattr(model, "module", model)
     set_lr(optimizer, epoch, args)
     with autocast(args):
         z1, z2, keys, logits = model(x)
-    # The authors' code adds the two views' means; LARS hides that factor of 2 from the weights, but
-    # for its balance with their decay, and not from norms and biases, which take the raw lr.
+    # The authors' code adds the means of the two views. LARS hides that factor of 2 from the
+    # weights, except for the balance with their decay, but not from norms and biases.
     loss = 2 * nt_xent_loss(z1, z2, args.temperature, keys, module.queue)
     online = 0.0 if logits is None else F.cross_entropy(
         logits.to(args.dtype), labels.repeat(2), ignore_index=-1, reduction="sum") / len(logits)
@@ -447,22 +421,232 @@ def train_step(model, optimizer, x: Tensor, labels: Tensor | None, epoch: float,
     return loss.detach(), z1.detach(), z2.detach(), None if logits is None else logits.detach()
 
 
-def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
-    """One step of stage 3 (v2, Sec. 2; the mixture: recalled): alpha times distillation_loss plus
-    1 - alpha times the cross-entropy of the labelled images, each a sum over the batch by n.
+def monitors(z1: Tensor, z2: Tensor, logits: Tensor | None, labels: Tensor) -> dict[str, float]:
+    """Std and rank of z1; of all processes, the fraction of anchors that are nearest to their
+    positive, and of views with a label that the online classifier gets right."""
+    guesses = [contrast_logits(z1, z2, 1.0)] + [(logits, labels.repeat(2))] * (logits is not None)
+    counts = [[(x.argmax(dim=1) == y).sum().item(), (y >= 0).sum().item()] for x, y in guesses]
+    right, known = all_gather(torch.tensor([counts], dtype=torch.float64)).sum(dim=0).T
+    z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor
+    return {"std": feature_std(z), "rank": effective_rank(z), **dict(zip(
+        ("contrast_top1", "online_train_top1"), (right / known.clamp(min=1)).tolist()))}
 
-    x [n, 3, S, S]: one crop of each image, for teacher and student; labels [n], -1 where unknown.
-    Returns, detached, the loss [] and the logits of student and teacher [n, classes].
-    """
+
+def pretrain(args) -> None:
+    data = load_data(args)
+    per_epoch = data.size // args.batch_size  # the rest of an epoch is dropped
+    if args.queue % (2 * args.batch_size) or 0 < 2 * per_epoch * args.batch_size <= args.queue:
+        sys.exit(f"--queue {args.queue}: must be a multiple of {2 * args.batch_size}, a batch's "
+                 "views, and less than an epoch's, or an image would be its own negative")
+    model = SimCLR(load_encoder(args), args.dim, args.head_layers, args.queue,
+                   0 if data.val is None else data.num_classes)
+    net = distribute(model, args)
+    optimizer = build_optimizer(model, args)
+    total = args.epochs * per_epoch
+    start, stop = resume(model, optimizer, total, args)
+    print0(f"loss {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} if all z are equal")
+    if start == 0 and args.knn_every:
+        log_knn(model.encoder, 0, 0, data, args)
+    step, logged, began, saved = start, start, time.time(), time.time()
+    for step, crops, labels in training_batches(data.train, start, stop, 2, args):
+        u = draws(args.seed, "colour", step, args.batch_size, 2, COLOR_DRAWS)
+        x = augment(crops, u.transpose(0, 1).flatten(0, 1), args)  # u [2b, 13]
+        loss, *outputs = train_step(net, optimizer, x, labels, step / per_epoch, args)
+        step += 1
+        if step == 1:
+            save_views(torch.cat([views[:8] for views in x.chunk(2)]), args)
+        epoch, left = divmod(step, per_epoch)
+        if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
+            loss, halt = agree(loss, model)  # only logged steps wait for the GPU
+            seen, seconds = monitors(*outputs, labels), (time.time() - began) / (step - logged)
+            log(args, epoch=step / per_epoch, step=step, loss=loss,
+                lr=optimizer.param_groups[0]["lr"], **seen,
+                images_per_s=args.batch_size / seconds, minutes_left=(stop - step) * seconds / 60)
+            if left == 0 and args.knn_every and (epoch % args.knn_every == 0 or step == total):
+                if found := log_knn(model.encoder, epoch, step, data, args):
+                    h, y = found
+                    log(args, epoch=epoch, step=step, online_top1=accuracy(model.online(h), y))
+            if halt or step == stop or time.time() - saved > 60 * (args.save_every if left else 1):
+                save(model, model.encoder, optimizer, step, args)
+                saved = time.time()
+            if halt:
+                break
+            logged, began = step, time.time()
+    summarize(step, total, args)
+    if step > start and args.batch_size > 8 and (seen["std"] < 0.1 or seen["rank"] < 2):  # ours
+        print0("The output has collapsed: nearly to a point (std 0) or a line (rank 1).")
+
+
+# ------------------------------------------------------------------------------- linear evaluation
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(dim=1) == labels).sum().item() / len(labels)
+
+
+def labeled(images: "Images", args) -> "Images":
+    """The images whose labels --labels gives: a fraction, as many of each class or one more, drawn
+    by the seed; or a file that lists images, a line each, by file name or class/name."""
+    if re.fullmatch(r"[\d.]+", args.labels):
+        fraction = float(args.labels)
+        if not 0 < fraction <= 1:
+            sys.exit(f"--labels {args.labels}: a fraction is above 0 and at most 1")
+        order = torch.randperm(len(images.labels), generator=generator(args.seed, "labels"))
+        parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
+        # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
+        each, rest = divmod(max(len(parts), round(fraction * len(order))), len(parts))
+        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
+        picked = torch.cat([part[:each + one] for part, one in zip(parts, more)]).sort()[0]
+        if fraction == 1:
+            return images
+    else:
+        places = {}  # of the end of a path: the images that it names
+        for i, path in enumerate(() if images.paths is None else map(Path, images.paths)):
+            for name in (path.name, f"{path.parent.name}/{path.name}"):
+                places.setdefault(name, []).append(i)
+        lines = [x.strip() for x in Path(args.labels).read_text().splitlines() if x.strip()]
+        wrong = [x for x in lines if len(places.get(x, ())) != 1]
+        if wrong or not lines:
+            sys.exit(f"--labels {args.labels}: {len(wrong)} of {len(lines)} lines name no image of "
+                     f"the training set, or more than one, the first one {wrong[:1]}")
+        picked = torch.tensor(sorted({places[x][0] for x in lines}))
+    if args.batch_size > len(picked):
+        sys.exit(f"--batch-size {args.batch_size}: --labels has only {len(picked)} images")
+    args.config["labeled"] = hashlib.blake2b(picked.numpy().tobytes(), digest_size=8).hexdigest()
+    return Images(*(x if x is None else x[picked] for x in vars(images).values()))
+
+
+def load_network(args, classes: int) -> nn.Sequential:
+    """task_network with the weights of --init, and the first --from-layer layers of its head."""
+    file, k = args.initial, args.from_layer
+    encoder = load_encoder(args)  # takes args.initial away
+    size = {x: file["config"][x] for x in ("head_layers", "dim") if x in file.get("config", {})}
+    args.config |= size  # for stage 3: only the last of all layers has no ReLU
+    head = projection_head(encoder.feature_dim, size.get("head_layers", 0), size.get("dim", 1))[:k]
+    names, weights = head.state_dict().keys(), file.get("model", {})
+    if len(head) < k or not {"projector." + name for name in names} <= weights.keys():
+        sys.exit(f"--from-layer {k}: {args.init} holds fewer layers of the head")
+    head.load_state_dict({name: weights["projector." + name] for name in names})
+    return task_network(encoder, head, classes).to(args.device, args.dtype)
+
+
+def linear(args) -> None:
+    """A classifier on the frozen encoder, or --from-layer of the head. Random crops and flips."""
+    data = load_data(args)
+    if data.val is None:
+        sys.exit(f"linear needs labels: {args.data} has no train/ and val/ of class folders")
+    train = labeled(data.train, args)
+    model = load_network(args, data.num_classes).requires_grad_(False)
+    frozen = model[:-1].eval()
+    net = distribute(model.fc.requires_grad_(True), args)
+    optimizer = build_optimizer(model, args)
+    per_epoch = len(train.labels) // args.batch_size
+    total = args.epochs * per_epoch
+    start, stop = resume(model, optimizer, total, args)
+    h, y = features(frozen, data.val, args)  # once, as it is frozen
+    step, logged, began, saved = start, start, time.time(), time.time()
+    for step, crops, labels in training_batches(train, start, stop, 1, args):
+        set_lr(optimizer, step / per_epoch, args)
+        with torch.no_grad(), autocast(args):
+            features_of_crops = frozen(normalize(crops, args.mean, args.std))
+        loss = F.cross_entropy(net(features_of_crops.to(args.dtype)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        left = step % per_epoch
+        if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
+            loss, halt = agree(loss.detach(), model.fc)
+            seconds = (time.time() - began) / (step - logged)
+            log(args, epoch=step / per_epoch, step=step, loss=loss, top1=accuracy(model.fc(h), y),
+                lr=optimizer.param_groups[0]["lr"], images_per_s=args.batch_size / seconds,
+                minutes_left=(stop - step) * seconds / 60)
+            if halt or step == stop or time.time() - saved > 60 * (args.save_every if left else 1):
+                save(model, model.encoder, optimizer, step, args)
+                saved = time.time()
+            if halt:
+                break
+            logged, began = step, time.time()
+    summarize(step, total, args)
+
+
+# ---------------------------------------------------------------------- fine-tuning, distillation
+
+
+def unless_given(args, **values) -> None:
+    """Sets these, in the configuration too, where the value is still the recipe's."""
+    for name, value in values.items():
+        if getattr(args, name) == getattr(RECIPES[args.stage][args.recipe], name):
+            args.config[name] = value
+            setattr(args, name, value)
+
+
+def published(args, fraction: float) -> None:
+    """Settings by the fraction of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and the
+    encoder's own output with all labels. Between the published 1, 10 and 100 %: the nearest."""
+    head_layers = args.initial.get("config", {}).get("head_layers")
+    if fraction > 0.03:
+        unless_given(args, epochs=args.epochs // 2)
+    if fraction > 0.3 or not args.initial:
+        unless_given(args, from_layer=0)
+    elif head_layers is not None:  # the last layer's output, z, is a poor choice
+        unless_given(args, from_layer=min(args.from_layer, max(0, head_layers - 1)))
+    if args.recipe == "imagenet" and (args.width > 1 or args.sk):
+        unless_given(args, base_lr=0.002)  # recalled: lr 0.064 in place of 0.16 at batch 1024
+
+
+def finetune(args) -> None:
+    """Stage 2: all weights and a new classifier on the labeled images. Random crops and flips."""
+    data = load_data(args)
+    if data.val is None:
+        sys.exit(f"finetune needs labels: {args.data} has no train/ and val/ of class folders")
+    train = labeled(data.train, args)
+    published(args, len(train.labels) / data.size)
+    model = load_network(args, data.num_classes)
+    net = distribute(model, args)
+    optimizer = build_optimizer(model, args)
+    per_epoch = len(train.labels) // args.batch_size
+    total = args.epochs * per_epoch
+    start, stop = resume(model, optimizer, total, args)
+    print0(f"{len(train.labels)} images, {args.epochs} epochs, head from layer {args.from_layer}")
+    step, logged, began, saved = start, start, time.time(), time.time()
+    for step, crops, labels in training_batches(train, start, stop, 1, args):
+        set_lr(optimizer, step / per_epoch, args)
+        with autocast(args):
+            logits = net(normalize(crops, args.mean, args.std))
+        loss = F.cross_entropy(logits.to(args.dtype), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        epoch, left = divmod(step, per_epoch)
+        if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
+            loss, halt = agree(loss.detach(), model)
+            seconds = (time.time() - began) / (step - logged)
+            log(args, epoch=step / per_epoch, step=step, loss=loss,
+                lr=optimizer.param_groups[0]["lr"], images_per_s=args.batch_size / seconds,
+                minutes_left=(stop - step) * seconds / 60)
+            if step == total or left == 0 and args.knn_every and epoch % args.knn_every == 0:
+                log(args, epoch=epoch, step=step, top1=accuracy(*features(model, data.val, args)))
+                model.train()
+            if halt or step == stop or time.time() - saved > 60 * (args.save_every if left else 1):
+                save(model, model.encoder, optimizer, step, args)
+                saved = time.time()
+            if halt:
+                break
+            logged, began = step, time.time()
+    summarize(step, total, args)
+
+
+def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
+    """One step of stage 3 (v2, Sec. 2) on crops x [n, 3, S, S] -> loss [], logits of student and
+    teacher [n, classes]. alpha < 1: with the labels [n], -1 if unknown (the mixture: recalled)."""
     set_lr(optimizer, epoch, args)
     with autocast(args):
-        with torch.no_grad():
-            t = teacher(x)
-        s = student(x)
-    s, t = s.to(args.dtype), t.to(args.dtype)
+        s, t = student(x), teacher(x)
+    s, t = s.to(args.dtype), t.detach().to(args.dtype)
     loss = distillation_loss(s, t, args.temperature)
-    if args.tau_squared:
-        loss = loss * args.temperature ** 2
+    loss = loss * (args.temperature ** 2 if args.tau_squared else 1)
     if args.alpha < 1:
         known = F.cross_entropy(s, labels, ignore_index=-1, reduction="sum") / len(labels)
         loss = args.alpha * loss + (1 - args.alpha) * known
@@ -471,1656 +655,566 @@ def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: 
     optimizer.step()
     return loss.detach(), s.detach(), t
 
-# ==================================================================================================
-# Here the method ends. What follows is the machinery that all five scripts share, kept equal to the
-# letter by tests/test_copies.py: command line, processes, data, kNN, run folder, loop; and, at the
-# end, the stages, which call what stands above.
-# ==================================================================================================
 
-# ------------------------------------------------------------------------------------ command line
-
-
-# same as simsiam.py
-class UserError(Exception):
-    """A mistake of the user's: ends the program with one sentence and exit code 2."""
+def known_labels(images: "Images", args) -> Tensor:
+    """The labels [n] of the images that --labels gives, -1 for all others."""
+    i = (images.labels >= 0).nonzero()[:, 0]  # STL-10 has unlabeled images; folders have none
+    args = argparse.Namespace(**vars(args) | {"batch_size": 1})  # fewer than a batch will do
+    i = labeled(Images(images.labels[i], i, images.paths), args).pixels  # numbers as pixels
+    return torch.full_like(images.labels, -1).index_copy(0, i, images.labels[i])
 
 
-# same as simsiam.py
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+def distill(args) -> None:
+    """Stage 3: a new network learns the teacher's outputs on all images. Random crops and flips."""
+    path, file, args.init, args.initial = args.init, args.initial, "none", {}
+    weights, config = file.get("model", {}), file.get("config", {})
+    if "fc.weight" not in weights or not {*ENCODER} <= config.keys():
+        sys.exit(f"--teacher {path}: not the last.pt of a finetune, distill or linear run")
+    theirs = {x: config[x] for x in ENCODER}
+    other = {x for x in ENCODER if json.dumps(getattr(args, x)) != json.dumps(theirs[x])}
+    if wrong := other & {"image_size", "mean", "std", "small_images"}:
+        sys.exit(f"the teacher sees the same images, but has other {', '.join(sorted(wrong))}")
+    if not other & {"arch", "width", "sk"}:
+        unless_given(args, temperature=0.1)  # self-distillation: v2, Sec. 3.1
+    data = load_data(argparse.Namespace(**vars(args) | {"stage": "pretrain"}))  # all of STL-10
+    classes = len(weights["fc.weight"])
+    if data.val is not None and data.num_classes != classes:
+        sys.exit(f"the teacher has {classes} classes, {args.data} has {data.num_classes}")
+    args.config["labels"] = args.labels = args.labels or config.get("labels", "")
+    if args.alpha != 1:
+        if args.alpha > 1 or data.val is None or not args.labels:
+            sys.exit(f"--alpha {args.alpha}: must be 1, or below and with --labels")
+        data.train.labels = known_labels(data.train, args)
+    teacher = load_network(argparse.Namespace(**vars(args) | theirs | {
+        "init": path, "initial": file, "from_layer": config.get("from_layer", 0)}), classes)
+    teacher.load_state_dict(weights)
+    teacher.requires_grad_(False).eval()
+    student = task_network(load_encoder(args), nn.Sequential(), classes)
+    nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; zeros are for fine-tuning
+    net = distribute(student, args)
+    optimizer = build_optimizer(student, args)
+    per_epoch = data.size // args.batch_size
+    total = args.epochs * per_epoch
+    start, stop = resume(student, optimizer, total, args)
+    print0(f"student: width {args.width:g}, sk {args.sk}; temperature {args.temperature:g}")
+    if start == 0 and args.knn_every and data.val is not None:
+        log(args, epoch=0, step=0, teacher_top1=accuracy(*features(teacher, data.val, args)))
+    step, logged, began, saved = start, start, time.time(), time.time()
+    for step, crops, labels in training_batches(data.train, start, stop, 1, args):
+        x = normalize(crops, args.mean, args.std)
+        loss, s, t = distill_step(net, teacher, optimizer, x, labels, step / per_epoch, args)
+        step += 1
+        epoch, left = divmod(step, per_epoch)
+        if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
+            loss, halt = agree(loss, student)
+            seconds = (time.time() - began) / (step - logged)
+            floor = args.alpha * distillation_loss(t, t, args.temperature)  # the loss is no less
+            floor = floor * (args.temperature ** 2 if args.tau_squared else 1)
+            same_class = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
+            floor, same_class = all_gather(torch.stack([floor, same_class])[None]).mean(dim=0)
+            log(args, epoch=step / per_epoch, step=step, loss=loss,
+                lr=optimizer.param_groups[0]["lr"], floor=floor.item(), agree=same_class.item(),
+                images_per_s=args.batch_size / seconds, minutes_left=(stop - step) * seconds / 60)
+            if data.val is not None and (
+                    step == total or left == 0 and args.knn_every and epoch % args.knn_every == 0):
+                log(args, epoch=epoch, step=step, top1=accuracy(*features(student, data.val, args)))
+                student.train()
+            if halt or step == stop or time.time() - saved > 60 * (args.save_every if left else 1):
+                save(student, student.encoder, optimizer, step, args)
+                saved = time.time()
+            if halt:
+                break
+            logged, began = step, time.time()
+    summarize(step, total, args)
 
 
-# same as simsiam.py
-ABOVE_ZERO = {"width", "dim", "projector_layers", "predictor_dim", "patch_size", "image_size",
-              "std", "epochs", "batch_size", "base_lr", "accumulate", "log_every", "crop_min",
-              "sigma", "temperature", "alpha", "knn_k", "knn_temperature"}
+STAGES = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "distill": distill}
+
+# ---------------------------------------------------------------------------------------- plumbing
+# From here to the end all scripts are the same to the letter. First the command line.
+
+DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
+AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
+                ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
+                ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
+STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
 
 
-# same as simsiam.py
-def recipes(kind: str, arch: str | None) -> list[str]:
-    """The recipes of a kind ("imagenet"); of these the ones of arch's family, if there are such."""
-    names = [name for name in RECIPE_NAMES if name.split("-")[0] == kind]
-    same = [name for name in names
-            if arch and arch[:3] == PRETRAIN["arch"][RECIPE_NAMES.index(name)][:3]]
-    return same or names
+def recipe(stage: str, name: str) -> dict:
+    """All settings of a recipe: the stage's own, and those of the encoder that it works on."""
+    encoder = {field: getattr(RECIPES["pretrain"][name], field) for field in ENCODER}
+    return {**encoder, **vars(RECIPES[stage][name])}
 
 
-# same as simsiam.py
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags over recipe: every field of the stage's table, and what is not about the method."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line. Reads no file: what it leaves open is None until settle() fills it in."""
+    stage, *argv = argv if argv and argv[0] in STAGES else ["pretrain", *argv]
+    parser = argparse.ArgumentParser(
+        usage=f"{SCRIPT}.py [{'|'.join(STAGES)}] [flags]", description=__doc__, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 40, 100))
     add = parser.add_argument
-    add("stage", nargs="?", default="pretrain", choices=TABLES)
-    add("--data", default="demo", metavar="NAME|FOLDER",
-        help="demo (built in), cifar10, cifar100, stl10, or a folder: train/ and val/ with a "
-             "folder per class, or any tree of images without labels")
-    add("--data-root", default="data", help="where torchvision keeps its sets (default: data)")
-    add("--recipe", choices=RECIPE_NAMES, help="default: the one that fits --data")
-    add("--out", help="run folder (default: runs/<script>-<data>)")
-    add("--init", help="weights: a run's last.pt or encoder.pt, an official checkpoint, or none")
-    add("--fresh", action="store_true", help="start over, though --out holds a run")
-    add("--seed", type=int, default=0)
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-    add("--workers", type=int, help="loader processes (default: this process's share of the cores)")
-    add("--steps", type=int, default=0, help="pause at this step; the same command goes on")
-    add("--accumulate", type=int, default=1, help="split each batch into so many parts")
-    add("--log-every", type=int, default=50, help="steps (default: 50)")
-    add("--knn-every", type=int, default=1, help="epochs (default: 1); 0: never")
-    add("--save-every", type=float, default=10, help="minutes (default: 10) and every epoch's end")
-    add("--keep-every", type=int, default=0, help="epochs between checkpoints kept (default: none)")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--tensorboard", action="store_true", help="write event files too")
-    group = parser.add_argument_group("recipe: one flag a field; see the tables in the script")
-    names = [*dict.fromkeys(name for table in TABLES.values() for name in table)]
-    for name in names:
-        values = next(table[name] for table in TABLES.values() if name in table)
-        how = {"type": type(values[0]), "choices": CHOICES.get(name)}
-        if isinstance(values[0], bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(values[0], tuple):
-            how = {"type": float, "nargs": len(values[0]), "metavar": "X"}
-        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                           help=", ".join(map("{}: {}".format, RECIPE_NAMES, values)))
-    args = parser.parse_args(argv)
+    add("--data", help="demo (default), cifar10, cifar100, stl10, or a folder: train/ and val/ "
+                       "with a folder per class, or any tree of images")
+    add("--data-root", help="where torchvision stores its data sets (default: data)")
+    add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
+        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
+        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
+    add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
+    add("--workers", type=int, help="data loading processes, for each GPU (default: all cores)")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
+    add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; at an epoch's end 1")
+    rows = {name: recipe(stage, name) for name in RECIPES[stage]}
+    types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
+    group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
+    for name, value in rows["imagenet"].items():
+        kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
+                {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
+                {"type": type(value), "choices": get_args(types[name]) or None})
+        text = [str(value), *(f"{x} {rows[x][name]}" for x in rows if rows[x][name] != value)]
+        group.add_argument("--" + name.replace("_", "-"), help=", ".join(text), **kind)
+    return parser.parse_args(argv, argparse.Namespace(stage=stage))
 
+
+def settle(args) -> argparse.Namespace:
+    """Fills in what the command line left open, from the file of --init or from the recipe."""
+    file = args.initial = {} if args.init == "none" else read_checkpoint(
+        args.init, "--init takes a run's last.pt or encoder.pt, or the weights of an encoder")
+    beside = Path(args.init).with_suffix(".json")  # of encoder.pt
+    about = json.loads(beside.read_text()) if beside.exists() else file.get("config", {}) | file
+    defaults = {"data_root": "data"} | ({"data": "demo"} if args.stage == "pretrain" else {
+        x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
+    vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
+    if args.data is None:
+        sys.exit(f"{args.init} does not say which images to use: give --data")
+    if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
+        sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
+    if args.recipe not in RECIPES[args.stage]:
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
+                            and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
+    settings = recipe(args.stage, args.recipe)
+    vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
+    if args.arch not in ARCHS:
+        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
     for name, value in vars(args).items():
-        least = "above 0" if name in ABOVE_ZERO else "0 or more"
-        share = name.endswith(("_prob", "momentum", "tau")) or name == "crop_min"
-        most = 1 if share else 1e18  # below what 64 bits hold
-        for x in value if isinstance(value, list) else [value]:
-            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name not in ABOVE_ZERO):
-                raise UserError(f"--{name.replace('_', '-')} {x} makes no sense: it is {least}, at "
-                                f"most {most:g}")
-    kinds = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar",
-             "stl10": "stl10" if "stl10" in RECIPE_NAMES else "cifar"}
-    args.given = {name: value for name, value in vars(args).items() if name in names}
-    asked, fitting = args.recipe, recipes(kinds.get(args.data, "imagenet"), args.given.get("arch"))
-    args.recipe = asked or fitting[0]
-    column = RECIPE_NAMES.index(args.recipe)
-    fields = {name: PRETRAIN[name][column] for name in ENCODER}
-    fields |= {name: values[column] for name, values in TABLES[args.stage].items()}
-    if args.data == "stl10":
-        fields["image_size"] = 96  # its size
-    for name in args.given.keys() - fields.keys():
-        raise UserError(f"--{name.replace('_', '-')} is no setting of the stage {args.stage}")
-    args.fields = sorted(fields)
-    vars(args).update(fields | args.given)
-    args.given |= {"recipe": asked} if asked else {}
-
-    if args.stage not in ("pretrain", "distill") and not args.init:
-        raise UserError(f"{args.stage} needs --init: a run's last.pt, its encoder.pt, an official "
-                        "checkpoint, or none for random weights")
-    args.init = None if args.init == "none" else args.init
-    if args.stage in ("pretrain", "finetune", "distill") and args.accumulate > 1:
-        raise UserError("--accumulate would change the method, whose batch norm sees the whole "
-                        "batch: take a smaller --batch-size or more processes")
-    name = f"{SCRIPT}-{os.path.basename(args.data.rstrip('/'))}"
-    args.out = args.out or os.path.join(
-        "runs", name + ("" if args.stage == "pretrain" else f"-{args.stage}"))
+        most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
+        for x in value if type(value) in (list, tuple) else [value]:
+            if type(x) in (int, float) and not (least := AT_LEAST.get(name, 0)) <= x <= most:
+                sys.exit(f"--{name.replace('_', '-')} {x}: must be between {least} and {most}")
+    if vars(args).get("warmup_epochs", 0) >= args.epochs:
+        sys.exit(f"--warmup-epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    name = os.path.basename(os.path.abspath(args.data))
+    weights = file.get("state_dict", file.get("model", file)).values()
+    data = b"".join(x.float().numpy().tobytes() for x in weights if torch.is_tensor(x))
+    args.config = {x: getattr(args, x) for x in ("stage", "seed", *settings)} | {
+        "data": name, "init": hashlib.blake2b(data, digest_size=8).hexdigest() if file else "none"}
+    args.out = args.out or f"runs/{SCRIPT}-{name}" + f"-{args.stage}" * (args.stage != "pretrain")
     return args
 
 
-def check(args) -> None:
-    """What the flags and --init make together must be buildable, and every flag given must matter;
-    sets what follows from others."""
-    flag = {name: f"--{name.replace('_', '-')} {getattr(args, name)}" for name in args.fields}
-    given, vit = args.given.keys(), args.arch.startswith("vit")
-    if 64 * args.width < 8:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
-        raise UserError(f"--width {args.width} leaves the stem fewer than 8 channels: 0.125 is the "
-                        "least")
-    for name in given & ({"width", "sk", "zero_init_residual"} if vit
-                         else {"patch_size", "heads", "patch_projection"}):
-        raise UserError(f"{flag[name]} is for a {'ResNet' if vit else 'ViT'}, and --arch is "
-                        f"{args.arch}")
-    if args.stage != "embed":
-        check_optimizer(args, flag)
-    if args.stage == "pretrain":
-        if args.queue % (2 * args.batch_size):
-            raise UserError(f"{flag['queue']} takes both views of whole batches: a multiple of "
-                            f"{2 * args.batch_size}")
-        unused = {"ema_momentum": not args.queue, "dim": not args.head_layers}
-    elif args.stage == "distill":
-        if not args.teacher:
-            raise UserError("distill needs --teacher: the folder of a fine-tuned or distilled run")
-        if args.init:
-            raise UserError("--init has no place in distill, whose student starts at random: leave "
-                            "it out")
-        if args.alpha > 1:
-            raise UserError(f"{flag['alpha']} makes no sense: a share above 0, at most 1")
-        unused = {"labels": args.alpha == 1, "head_layers": True, "dim": True}
-    elif args.stage == "embed":
-        unused = {"head_layers": True, "dim": True}
-    else:
-        if "from_layer" not in given:  # without --init there is no head to keep; z is a poor choice
-            args.from_layer = min(args.from_layer, max(0, args.head_layers - 1)) if args.init else 0
-        if args.stage == "finetune":
-            if (args.width > 1 or args.sk) and "base_lr" not in given and args.recipe == "imagenet":
-                args.base_lr = 0.002  # recalled: 0.064 in place of 0.16 at batch 1024
-            published(args)
-        if args.from_layer > args.head_layers:
-            raise UserError(f"{flag['from_layer']}, but the head has {args.head_layers} layers")
-        unused = {"head_layers": not args.from_layer, "dim": args.from_layer < args.head_layers}
-    unused |= {"momentum": getattr(args, "optimizer", "") == "adamw",
-               "patch_projection": args.stage != "pretrain"}  # the others train it, or nothing of f
-    for name in unused.keys() & given:
-        if unused[name]:
-            raise UserError(f"{flag[name]} would change nothing here")
-    if vit:
-        args.heads = args.heads or VITS[args.arch.removeprefix("vit_")][2]
-    try:
-        with torch.device("meta"):  # without memory and time
-            build_encoder(args)
-    except ValueError as error:
-        raise UserError(f"--arch {args.arch}{' --sk' * args.sk}: {error}") from None
+# ---------------------------------------------------------------------------------------- processes
 
 
-def check_optimizer(args, flag: dict[str, str]) -> None:
-    """The optimizer must have an lr made for it, and be made for the network."""
-    column, vit = RECIPE_NAMES.index(args.recipe), args.arch.startswith("vit")
-    given = args.given.keys()
-    if args.optimizer != TABLES[args.stage]["optimizer"][column] and "base_lr" not in given:
-        raise UserError(f"{flag['optimizer']} takes a --base-lr of its own: about 0.3 for lars, "
-                        "1e-4 for adamw, 0.05 for sgd, by --lr-rule linear")
-    if vit and args.stage != "linear" and args.optimizer == "lars" and "optimizer" not in given:
-        names = ("optimizer", "base_lr", "lr_rule", "weight_decay")
-        values = (TABLES[args.stage][name][RECIPE_NAMES.index("imagenet-vit")] for name in names)
-        raise UserError(f"the recipe {args.recipe} is made for {PRETRAIN['arch'][column]}, not for "
-                        f"{args.arch}: give --optimizer {{}} --base-lr {{}} --lr-rule {{}} "
-                        "--weight-decay {}, as --recipe imagenet-vit has it".format(*values))
-
-
-def published(args, listed: float | None = None) -> None:
-    """Fine-tuning by the share of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and the
-    encoder's own output with all labels. Between the published shares 1, 10, 100 %: the nearest.
-    listed: the share that a file lists, once it has been read."""
-    try:
-        share = float(args.labels)
-    except ValueError:
-        if (share := listed) is None:
-            return
-    if share > 0.03 and "epochs" not in args.given:
-        args.epochs = FINETUNE["epochs"][RECIPE_NAMES.index(args.recipe)] // 2
-        if args.warmup_epochs >= args.epochs:
-            raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} "
-                            "epochs")
-    if share > 0.3 and "from_layer" not in args.given:
-        args.from_layer = 0
-
-
-# --------------------------------------------------------------------------------------- processes
-
-
-# same as simsiam.py
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-# same as simsiam.py
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-# same as simsiam.py
-def join_processes(backend: str) -> bool:
-    """dist.init_process_group; on rank 0, whether torchrun has started this run before.
-
-    Its store outlives the processes (torch 2.14) and holds the addresses of dead ones, which
-    new ones would call: so each asks rank 0 by a fresh name and is told this start's prefix.
-    """
-    store, me, world = next(dist.rendezvous("env://"))
-    name = start = os.urandom(16).hex()
-    if me:
-        store.set(f"asks{me}", name)
-        start = store.get(name).decode()  # waits until it is there
-        store.set(f"{start}{me}", "heard")
-    else:
-        again = store.add("starts", 1) > 1
-        for _ in range(36_000):  # half an hour, as torch waits; then the group's own error
-            if all([store.check([f"{start}{r}"]) for r in range(1, world)]):
-                break
-            for asks in (f"asks{r}" for r in range(1, world)):
-                if store.check([asks]):  # perhaps a dead one's question: so until all have heard
-                    store.set(store.get(asks).decode(), start)
-            time.sleep(0.05)
-    mine = dist.PrefixStore(start, store)
-    dist.init_process_group(backend, store=mine, rank=me, world_size=world)
-    return me == 0 and again
-
-
-# same as simsiam.py
 def setup(args) -> None:
-    """Picks the device, joins torchrun's process group, seeds, reads --init."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    args.device = args.device or next(name for name, there in available.items() if there)
-    if not available[args.device]:
-        raise UserError(f"--device {args.device}: torch sees none here; leave the flag out")
-    args.device = torch.device(args.device)
+    """Device, process group, seed, run folder."""
+    torchrun = os.environ if "RANK" in os.environ else {}
+    if torchrun and not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= torchrun.keys():
+        sys.exit("RANK is set, but not by torchrun: start with torchrun, or unset RANK")
+    local_rank, gpus = int(torchrun.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    args.device = torch.device(args.device or ("cuda" if gpus else "cpu"))
     if args.device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node: here are but {torch.cuda.device_count()} GPUs")
-        args.device = torch.device("cuda", local)
+        if local_rank >= gpus:
+            sys.exit(f"this machine has {gpus} GPUs: start fewer processes, or use --device cpu")
+        args.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:
-        # Tensors on the GPU go through NCCL; those on the CPU, and Python objects, through Gloo.
-        try:
-            again = join_processes("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-        except ValueError as error:  # a RANK that no launcher has set
-            raise UserError(f"{error}: start with torchrun, or unset RANK") from None
-        args.fresh = args.fresh and not again  # what is there is this run's own
-    if args.device.type == "mps" and (world_size() > 1 or args.precision == "fp64"):
-        raise UserError("--device mps takes one process and no fp64; give --device cpu")
-    if args.workers is None:
+    if torchrun:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    if args.batch_size % world_size():
+        sys.exit(f"--batch-size {args.batch_size} is not a multiple of {world_size()} processes")
+    if args.workers is None:  # the cores that this process may use, which may be fewer than all
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = max(1, cores // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
-    args.initial = everywhere(lambda: read_init(args)) if args.init else None
-    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
-        if "recipe" in args.given:
-            raise UserError(f"the recipe {args.recipe} is not made for {args.arch}: give --recipe "
-                            + " or ".join(fitting))
-        args.recipe = fitting[0]  # --init brought another kind of network
-        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
-                          in TABLES[args.stage].items() if name not in {*ENCODER, *args.given})
-    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", math.inf):
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves none of {args.epochs} epochs")
-    if getattr(args, "batch_size", 0) % world_size():
-        raise UserError(f"--batch-size {args.batch_size} is the global batch, and must be a "
-                        f"multiple of the {world_size()} processes")
-    if args.stage in ("pretrain", "finetune", "distill") and args.batch_size < 2:
-        raise UserError("--batch-size 1 leaves batch norm nothing to average: 2 at least")
-    check(args)
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-
-
-# same as simsiam.py
-def cpu_info(key: str) -> str:
-    """What Linux says of the processor: "flags" for its instruction sets, "model name"."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith(key)), "")
-    except OSError:
-        return ""
-
-
-# same as simsiam.py
-@functools.cache
-def bf16_is_native(device: str) -> bool:
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = cpu_info("flags").split()
-    return device == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)
-
-
-# same as simsiam.py
-def autocast(args):
-    """bfloat16 for what tolerates it, if --precision says so; weights and losses stay float32."""
-    pays = args.device.type == "cuda" or args.arch.startswith("resnet")  # ViTs on AMX: half as fast
-    wanted = args.precision == "bf16" or (args.precision == "auto" and pays
-                                          and bf16_is_native(args.device.type))
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=wanted)
-
-
-# same as simsiam.py
-@torch.no_grad()
-def all_gather(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first; without gradient."""
-    if world_size() == 1:
-        return x
-    out = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
-
-
-# same as byol.py
-def gather_with_gradient(x: Tensor) -> Tensor:
-    """x [b, ...] of each process -> [world_size * b, ...], rank 0 first. A process's gradient is
-    that of the sum of all processes' losses, which DDP's mean turns into the global batch's."""
-    if world_size() == 1:
-        return x
-    places = x.new_zeros(world_size(), *x.shape)
-    places[rank()] = x
-    return AllReduceSum.apply(places).flatten(0, 1)
-
-
-# same as simsiam.py
-def sum_over_processes(x: Tensor) -> Tensor:
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-# same as simsiam.py
-def of_all(x) -> list:
-    """Each process's x, a small Python object, rank 0's first."""
-    found = [x] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(found, x)
-    return found
-
-
-# same as simsiam.py
-def everywhere(function):
-    """function() in every process: its result, or in all of them the UserError of the first whose
-    function, or whose disk, had one. The function itself must not wait for other processes."""
-    result = mistake = None
-    try:
-        result = function()
-    except (UserError, OSError) as error:
-        mistake = str(error)
-    for mistake in filter(None, of_all(mistake)):
-        raise UserError(mistake)
-    return result
-
-
-# same as simsiam.py
-def on_rank_0(function):
-    """function() on rank 0; every process gets its result, or its UserError."""
-    return of_all(everywhere(lambda: function() if rank() == 0 else None))[0]
-
-
-# same as simsiam.py
-def say(message: str) -> None:
-    if rank() == 0:  # file names may hold what cannot be printed
-        print(message.encode(errors="backslashreplace").decode(), flush=True)
-
-
-# same as simsiam.py
-def prepare(model: nn.Module, args) -> nn.Module:
-    """Loads --init into the model, moves it to the device, and returns what to call in its place:
-    over several processes it averages gradients, and its batch norms see the global batch."""
-    if args.initial:
-        load_initial(model, args)
-    model.to(args.device, args.dtype, memory_format=torch.channels_last)
-    net = model
-    if world_size() > 1:
-        cuda = args.device.type == "cuda"  # torch's SyncBatchNorm refuses CPU tensors
-        (nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_batch_norm)(model)
-        net = DistributedDataParallel(model, device_ids=[args.device] if cuda else None,
-                                      gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are batch norm's, and equal in all processes anyway
-    if args.compile:
-        net.compile()  # in place: the names in the state dict stay
-    return net
-
-
-# -------------------------------------------------------------------------------------- randomness
-
-CROP_DRAWS, COLOUR_DRAWS = 23, 13  # uniform numbers that one view of one image takes
-
-
-# same as simsiam.py
-def generator(*key) -> torch.Generator:
-    """A random stream that depends on nothing but its key, such as (seed, "crop", epoch, step)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-# same as simsiam.py
-def uniform(shape: tuple, *key) -> Tensor:
-    return torch.rand(shape, generator=generator(*key), dtype=torch.float64)
-
-
-# same as simsiam.py
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
-
-
-# same as simsiam.py
-def draw_step(args, n: int, step: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What step `step` sees, a function of seed and step alone, and of it this process's share.
-
-    Returns indices [b], crop draws [b, views, CROP_DRAWS], colour draws [b, views, COLOUR_DRAWS].
-    The draws are made for the global batch, so that they do not depend on the number of processes.
-    """
-    epoch, i = divmod(step, n // args.batch_size)
-    b = args.batch_size // world_size()
-    mine = slice(rank() * b, rank() * b + b)
-    index = epoch_order(args.seed, epoch, n)[i * args.batch_size:][mine]
-    crop = uniform((args.batch_size, views, CROP_DRAWS), args.seed, "crop", step)[mine]
-    colour = uniform((args.batch_size, views, COLOUR_DRAWS), args.seed, "colour", step)[mine]
-    return index, crop, colour
-
-
-# ------------------------------------------------------------------------- augmentation, operations
-
-
-# same as simsiam.py
-def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
-               flip_prob: float = 0.5) -> tuple[Tensor, ...]:
-    """torchvision's RandomResizedCrop for many images at once: shares of the area from crop_min to
-    1, aspect ratios 3/4 to 4/3, ten tries, else the centre. u [B, CROP_DRAWS] -> top, left, height,
-    width, flipped or not; [B] each."""
-    area = height * width * (crop_min + (1 - crop_min) * u[:, 0:10])
-    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20])
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
-    first, found = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
-    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * 4 / 3))).long()
-    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / (3 / 4)))).long()
-    top = torch.where(found, u[:, 20] * (height - h + 1), (height - h) // 2).long()
-    left = torch.where(found, u[:, 21] * (width - w + 1), (width - w) // 2).long()
-    return top, left, h, w, u[:, 22] < flip_prob
-
-
-# same as simsiam.py
-def resample(start: Tensor, length: Tensor, in_size: int, out_size: int,
-             flip: Tensor | None = None) -> Tensor:
-    """Matrices [B, out_size, in_size] that resize pixels start .. start + length - 1 to out_size:
-    bilinear and antialiased, as torchvision's. flip [B]: mirrored where true."""
-    start, length = start[:, None, None], length[:, None, None]
-    out = torch.arange(out_size, device=start.device)[:, None]
-    if flip is not None:
-        out = torch.where(flip[:, None, None], out_size - 1 - out, out)
-    pixel = torch.arange(in_size, device=start.device)
-    scale = length / out_size
-    offset = start + (out + 0.5) * scale - (pixel + 0.5)
-    weight = (1 - offset.abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight * ((pixel >= start) & (pixel < start + length))
-    return weight / weight.sum(dim=2, keepdim=True)
-
-
-# same as simsiam.py
-def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
-    """Crops x [B, 3, H, W] to boxes, resized to [B, 3, size, size]: two matrix products."""
-    top, left, height, width = (box.to(x, non_blocking=True) for box in boxes[:4])
-    rows = resample(top, height, x.shape[2], size)
-    columns = resample(left, width, x.shape[3], size, boxes[4].to(x.device, non_blocking=True))
-    return rows[:, None] @ x @ columns[:, None].mT
-
-
-# same as simsiam.py
-def gray(x: Tensor) -> Tensor:
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]  # torchvision's weights
-
-
-# same as simsiam.py
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by a share of the circle, through HSV. x [B, 3, S, S], shift [B, 1, 1, 1].
-
-    Without torch.where and %, which cost a CPU much of the augmentation at 32 px: sorting the
-    channels by minima and maxima tells the hue's sector from two comparisons.
-    """
-    r, g, b = x.unbind(dim=1)
-    sector, low, high = -6 * (g < b).to(x), torch.minimum(g, b), torch.maximum(g, b)
-    sector = sector - (2 + 2 * sector) * (r < high).to(x)
-    value, middle = torch.maximum(r, high), torch.minimum(r, high)
-    chroma = value - torch.minimum(middle, low)
-    hue = (sector + (middle - low) / chroma.clamp(min=1e-12)).abs()  # in sixths of the circle
-    hue = (hue + 6 * shift[:, 0])[:, None]
-    k = hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
-    k = k - 6 * (k / 6).floor()
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-# same as simsiam.py
-COLOUR_OPERATIONS = (  # (x, factor) -> x: brightness, contrast, saturation, hue
-    lambda x, f: (f * x).clamp(0, 1),
-    lambda x, f: (f * x + (1 - f) * gray(x).mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1),
-    lambda x, f: (f * x + (1 - f) * gray(x)).clamp(0, 1),
-    lambda x, f: shift_hue(x, f - 1),
-)
-
-
-# same as simsiam.py
-def chosen(mask: Tensor, x: Tensor) -> Tensor:
-    """Indices of the true places of mask, found on the CPU so that no GPU has to be waited for."""
-    return mask.nonzero()[:, 0].to(x.device, non_blocking=True)
-
-
-# same as simsiam.py
-def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
-    """torchvision's ColorJitter with probability prob, its four operations in random order, every
-    image with its own. x [B, 3, S, S] in [0, 1]; u [B, 9]: whether, how much (4), order (4)."""
-    factor = 1 + (2 * u[:, 1:5] - 1) * torch.tensor(strength, dtype=u.dtype)
-    factor = factor.clamp(min=0).to(x)[:, :, None, None, None]
-    order = u[:, 5:9].argsort(dim=1)
-    x = x.clone()
-    for place in range(4):
-        for k, operation in enumerate(COLOUR_OPERATIONS):
-            i = chosen((u[:, 0] < prob) & (order[:, place] == k), x)
-            x.index_copy_(0, i, operation(x.index_select(0, i), factor[i, k]))
-    return x
-
-
-# same as simsiam.py
-def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
-    """Takes the colour from each image with probability prob. x [B, 3, S, S], u [B]."""
-    i = chosen(u < prob, x)
-    return x.index_copy(0, i, gray(x.index_select(0, i)).expand(-1, 3, -1, -1))
-
-
-# same as simsiam.py
-def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
-    """Blurs each image with probability prob and its own sigma, in pixels, uniform in the range.
-
-    x [B, 3, S, S]; u [B, 2]: whether, how much. The kernel spans a tenth of the side (SimCLR,
-    arXiv:2002.05709, App. A; at 224 px: 23 taps), reflected at the border.
-    """
-    i = chosen(u[:, 0] < prob, x)
-    if len(i) == 0:
-        return x
-    half = x.shape[-1] // 20
-    s = (sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x)[i]
-    taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
-    y = x[i].flatten(0, 1)[None]  # every image and colour is a channel with a kernel of its own
-    y = F.pad(y, (half, half, half, half), mode="reflect")
-    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
-    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
-    x = x.clone()
-    x[i] = y[0].unflatten(0, (-1, 3))
-    return x
-
-
-# same as simsiam.py
-def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (x - mean) / std
-
-
-# -------------------------------------------------------------------------------------------- data
-
-
-# same as simsiam.py
-@dataclass
-class Images:
-    """n images: their names, their labels if known, and their pixels if they fit in memory."""
-
-    names: np.ndarray  # [n], paths relative to root
-    labels: Tensor | None = None  # [n] int64
-    pixels: Tensor | None = None  # [n, 3, H, W] uint8, on the device
-    root: str = ""
-    total: int = 0  # n, of the whole where this is a part
-    unreadable: set[str] = field(default_factory=set)  # paths, shared by the parts
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
-
-    def read(self, i: int) -> tuple[Tensor, int]:
-        """Image i as uint8 [3, H, W], and i; for an unreadable one a substitute and its index."""
-        # The substitutes are a function of i, so that every run and every process takes the same.
-        substitutes = torch.randint(len(self), [9], generator=generator("substitute", i)).tolist()
-        for j in (i, *substitutes):
-            try:  # read as bytes, for torchvision takes no file name that is not UTF-8
-                file = torch.from_numpy(np.fromfile(os.fsencode(self.path(j)), dtype=np.uint8))
-                x = torchvision.io.decode_image(file, torchvision.io.ImageReadMode.RGB)
-            except (RuntimeError, OSError):
-                continue
-            if x.ndim == 3:  # an animation has four dimensions
-                return x if x.dtype == torch.uint8 else (x.int() >> 8).byte(), j  # 16-bit PNG
-        return torch.zeros(3, 8, 8, dtype=torch.uint8), -1  # report_unreadable will end the run
-
-
-# same as simsiam.py
-def load_data(args, labels: bool = False) -> SimpleNamespace:
-    """--data as train, bank and val (Images; the last two None without labels), classes, and a
-    digest that tells data sets apart. labels: whether the stage needs them."""
-    if args.data == "demo":
-        train, val = (
-            Images(np.array([f"{name}/{i}" for i in range(n)]), labels, pixels.to(args.device))
-            for name, n, seed in (("train", 4000, 0), ("val", 1000, 1))
-            for pixels, labels in [demo_images(n, seed)])
-        bank, classes = train, [*"0123456789"]
-    else:
-        load = torchvision_data if args.data in ("cifar10", "cifar100", "stl10") else folder_data
-        if load is torchvision_data:  # rank 0 downloads what is missing
-            on_rank_0(lambda: load(args, download=True) and None)
-        train, bank, val, classes = everywhere(lambda: load(args))
-        if load is folder_data:
-            train, val = (images and load_pixels(images, args) for images in (train, val))
-            bank = val and (train if train.pixels is not None else bank)
-    if labels and val is None:
-        raise UserError(f"{args.stage} needs labels: {args.data} has no train/ and val/ with a "
-                        "folder per class")
-    if getattr(args, "batch_size", 0) > len(train):
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train)} images of "
-                        f"{args.data}")
-    names = "\n".join(os.fsdecode(name) for name in train.names)
-    say(f"{args.data}: {len(train)} images, "
-        + ("on disk" if train.pixels is None else f"in memory on {args.device.type}")
-        + (f", {len(classes)} classes" if val else ", no labels: kNN off"))
-    return SimpleNamespace(train=train, bank=bank, val=val, classes=classes, digest=(
-        f"{len(train)}-{hashlib.sha256(names.encode(errors='replace')).hexdigest()[:8]}"))
-
-
-# same as simsiam.py
-def torchvision_data(args, download: bool = False):
-    """CIFAR-10, CIFAR-100 or STL-10."""
-    stl = args.data == "stl10"
-    parts = []
-    whole = stl and args.stage in ("pretrain", "distill")
-    for split in ("train", "test", *["train+unlabeled"] * whole):
-        how = {"split": split} if stl else {"train": split == "train"}
+    torch.manual_seed(args.seed)  # the same initial weights in all processes
+    os.makedirs(args.out, exist_ok=True)
+    if rank() == 0:
         try:
-            data = getattr(torchvision.datasets, args.data.upper())(
-                args.data_root, download=download, **how)
-        except (RuntimeError, OSError) as error:  # no network, a broken archive, no right to write
-            raise UserError(f"could not get {args.data} under --data-root {args.data_root}: "
-                            f"{str(error).splitlines()[0]}") from None
-        pixels = torch.from_numpy(data.data if stl else data.data.transpose(0, 3, 1, 2).copy())
-        names = np.array([f"{args.data}/{split}/{i}" for i in range(len(pixels))])
-        labels = torch.tensor(data.labels if stl else data.targets).long()
-        parts.append(Images(names, labels, pixels if download else pixels.to(args.device)))
-    return parts[-1] if len(parts) > 2 else parts[0], parts[0], parts[1], data.classes
+            import fcntl
+            lock = os.open(os.path.join(args.out, "lock"), os.O_CREAT | os.O_WRONLY)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            sys.exit(f"another run is at work in {args.out}: choose another --out")
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
 
 
-# same as simsiam.py
-def folder_data(args):
-    """train/ and val/ with a folder per class, or else every image in the tree, without labels."""
-    if not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data}: no such folder, nor one of demo, cifar10, cifar100, "
-                        "stl10")
-    folders = [os.path.join(args.data, name) for name in ("train", "val")]
-    if not all(map(os.path.isdir, folders)):
-        return find_images(args.data), None, None, None
-    classes = sorted(entry.name for entry in os.scandir(folders[0]) if entry.is_dir())
+def distribute(model: nn.Module, args) -> nn.Module:
+    """The model on its device; with several processes, with the global batch's gradients and BN."""
+    model.to(args.device, args.dtype)
+    if world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(sync_batch_norm(model), broadcast_buffers=False)
+    return model
+
+
+def autocast(args):
+    """bfloat16 for the forward pass. --precision auto: where it is native, on a CPU for ResNets."""
+    native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
+              args.device.type == "cpu" and args.arch.startswith("resnet")
+              and torch.cpu._is_avx512_bf16_supported())
+    enabled = args.precision == "bf16" or args.precision == "auto" and native
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
+
+
+def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
+    """The mean loss of all processes, and whether one was told to stop. Ends a diverged run."""
+    finite = torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all()
+    mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
+    loss, told = all_gather(mine).mean(dim=0).tolist()
+    if not math.isfinite(loss):
+        sys.exit("loss or weights are not finite: try a lower --base-lr (last.pt is from before)")
+    return loss, told > 0
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass
+class Images:
+    labels: Tensor                    # [n], -1 if unknown
+    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
+    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
+
+
+def load_data(args) -> argparse.Namespace:
+    """train, its size; and if there are labels, bank (images for kNN), val and num_classes."""
+    if args.data == "demo":
+        train, val = (Images(labels, pixels.to(args.device)) for pixels, labels in (
+            demo_images(4000, seed=0), demo_images(1000, seed=1)))
+        bank = train
+    elif args.data in DATA_RECIPES:
+        if rank() == 0:
+            torchvision_images(args, "train", download=True)
+        all_gather(torch.zeros(1))  # wait for it
+        bank, val = torchvision_images(args, "train"), torchvision_images(args, "test")
+        unlabeled = args.data == "stl10" and args.stage == "pretrain"
+        train = torchvision_images(args, "train+unlabeled") if unlabeled else bank
+    else:
+        train, bank, val = folder_images(args)
+    n, classes = len(train.labels), int(train.labels.max()) + 1
+    if args.batch_size > n:
+        sys.exit(f"{args.data} has {n} images, fewer than --batch-size {args.batch_size}")
+    print0(f"{args.data}: {n} images, {f'{classes} classes' if classes else 'unlabeled'}")
+    files = filter(os.path.exists, () if train.paths is None else train.paths[::n // 64 + 1])
+    args.config |= {"images": n, "file_sizes": [*map(os.path.getsize, files)]}
+    return argparse.Namespace(train=train, bank=bank, val=val, size=n, num_classes=classes)
+
+
+def torchvision_images(args, split: str, download: bool = False) -> Images:
+    stl = args.data == "stl10"
+    part = {"split": split} if stl else {"train": split == "train"}
+    try:
+        d = vars(torchvision.datasets)[args.data.upper()](args.data_root, **part, download=download)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"cannot download {args.data} to --data-root {args.data_root}: {error}")
+    pixels = torch.from_numpy(d.data if stl else d.data.transpose(0, 3, 1, 2).copy())
+    return Images(torch.tensor(d.labels if stl else d.targets).long(), pixels.to(args.device))
+
+
+def image_files(root: str, args) -> dict[str, str]:
+    """The images below root, sorted, and the folder of root that each is in. No hidden files."""
+    found, seen = {}, {os.path.realpath(args.out)}  # each real folder once; not the run folder
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(x for x in folders if x[0] != "." and real not in seen)
+        for x in files if real not in seen else ():
+            if x[0] != "." and x.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
+                found[os.path.join(folder, x)] = folder[len(root):].strip(os.sep).split(os.sep)[0]
+        seen.add(real)
+    if not found:
+        sys.exit(f"{root}: no JPEG, PNG or WebP image (.jpg, .jpeg, .png, .webp) found")
+    return dict(sorted(found.items()))
+
+
+def folder_images(args) -> tuple[Images, Images | None, Images | None]:
+    """train, bank and val. The class is the first folder below train/ or val/."""
+    splits = [os.path.join(args.data, split) for split in ("train", "val")]
+    if not all(map(os.path.isdir, splits)):
+        print0(f"{args.data}: no train/ and val/ here; all images below it are used, unlabeled")
+        return in_memory(image_files(args.data, args), {}, args), None, None
+    train, val = (image_files(split, args) for split in splits)
+    classes = {name: i for i, name in enumerate(sorted({*train.values()} - {""}))}
     if len(classes) < 2:
-        raise UserError(f"{folders[0]} has {len(classes)} class folders, and labels take two or "
-                        f"more; for images without labels give --data {folders[0]}")
-    train, val = map(find_images, folders)
-    for folder, images in zip(folders, (train, val)):
-        names = [os.fsdecode(name).split(os.sep)[0] for name in images.names]
-        strange = sorted(set(names) - set(classes))
-        if strange and args.stage == "embed":
-            return find_images(args.data), None, None, None
-        if strange:
-            raise UserError(f"{os.path.join(folder, strange[0])} is in none of the class folders "
-                            f"of {folders[0]}; for images without labels give --data {folder}")
-        images.labels = torch.from_numpy(np.searchsorted(classes, names))
-    # A bank of at most about 128,000, a tenth of ImageNet, if read from disk: ours, for speed.
-    some = slice(None, None, max(1, round(len(train) / 128_000)))
-    return train, replace(train, names=train.names[some], labels=train.labels[some]), val, classes
+        print0(f"{splits[0]}: fewer than two class folders; all images below it are unlabeled")
+        return in_memory(train, {}, args), None, None
+    for path, name in (train | val).items():
+        if name not in classes:
+            sys.exit(f"{path} is in none of the {len(classes)} class folders that train/ has")
+    train, val = (in_memory(files, classes, args) for files in (train, val))
+    every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
+    return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
 
 
-# same as simsiam.py
-def find_images(root: str) -> Images:
-    """Every JPEG, PNG and WebP file under root, at any depth, in the order of their names."""
-    names = sorted(os.path.relpath(os.path.join(folder, name), root)
-                   for folder, _, files in os.walk(root, followlinks=True) for name in files
-                   if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
-    if not names:
-        raise UserError(f"no JPEG, PNG or WebP image under {root}")
-    # Bytes in one array: a list of a million strings would be copied into every loader process.
-    return Images(np.array([os.fsencode(name) for name in names]), root=root, total=len(names))
+def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
+    """Small images, all of one size, are read once and held like CIFAR's. Others stay files."""
+    labels = torch.tensor([classes.get(name, -1) for name in files.values()])
+    images, held = Images(labels, paths=np.array([*files])), []
+    for i in range(len(labels)):
+        held.append(FileCrops(images, args).read(i))
+        x = held[-1][0]
+        if max(x.shape) > 96 or x.shape != held[0][0].shape or len(labels) * x.numel() > 2**31:
+            return images
+    pixels, labels = map(torch.stack, zip(*held))
+    return Images(labels, pixels.to(args.device), images.paths)
 
 
-# same as simsiam.py
-def load_pixels(images: Images, args) -> Images:
-    """Takes the images into memory if they have one size of at most 128 px and fit into 2 GB."""
-    n, (x, _) = len(images), images.read(0)
-    if max(x.shape) > 128 or n * x.numel() > 2e9:
-        return images
-    pixels, shown = torch.empty(n, *x.shape, dtype=torch.uint8), torch.arange(n)
-    with ThreadPoolExecutor(args.workers or 1) as pool:
-        for part in shown.clone().split(1024):
-            for i, (x, j) in zip(part, pool.map(images.read, part.tolist())):
-                if x.shape != pixels.shape[1:]:
-                    return images
-                pixels[i], shown[i] = x, j
-    report_unreadable(images, torch.arange(n), shown)
-    labels = None if images.labels is None else images.labels[shown]
-    return replace(images, pixels=pixels.to(args.device), labels=labels)
+@dataclasses.dataclass
+class FileCrops(Dataset):
+    """Decodes, crops, resizes and flips files, in the loader's workers. A key is (index, u) with
+    u [views, 23], or None for the center crop -> uint8 [views, 3, S, S] and label."""
 
+    images: Images
+    args: argparse.Namespace
 
-# same as simsiam.py
-class Stage1(Dataset):
-    """The first stage of the augmentation, in the loader's processes: decode, crop, resize, flip.
-
-    A key is (index, crop draws [views, CROP_DRAWS]), or (index, None) for the test view: resized so
-    that the shorter side is margin times S, centre. Gives uint8 [views, 3, S, S] and the index
-    shown.
-    """
-
-    def __init__(self, images: Images, size: int, crop_min: float, margin: float,
-                 flip_prob: float = 0.5):
-        self.images, self.size, self.margin = images, size, margin
-        self.crop_min, self.flip_prob = crop_min, flip_prob
-
-    def __getitem__(self, key) -> tuple[Tensor, int]:
-        x, shown = self.images.read(key[0])
-        if key[1] is None:
-            x = vision.resize(x, [round(self.size * self.margin)], antialias=True)
-            return vision.center_crop(x, [self.size, self.size])[None], shown
-        boxes = crop_boxes(torch.from_numpy(key[1]), *x.shape[1:], self.crop_min, self.flip_prob)
+    def __getitem__(self, key) -> tuple[Tensor, Tensor]:
+        index, u = key
+        x, label = self.read(index)
+        size = self.args.image_size
+        if u is None:
+            margin = 1 if self.args.small_images else 8 / 7  # resize to 256, crop to 224
+            x = vision.resize(x, [round(size * margin)], antialias=True)
+            return vision.center_crop(x, [size, size])[None], label
         views = []
-        for *box, flip in zip(*(box.tolist() for box in boxes)):
-            view = vision.resized_crop(x, *box, [self.size, self.size], antialias=True)
+        for *box, flip in zip(*crop_boxes(torch.from_numpy(u), *x.shape[1:], self.args.crop_min)):
+            view = vision.resized_crop(x, *map(int, box), [size, size], antialias=True)
             views.append(view.flip(2) if flip else view)
-        return torch.stack(views), shown
+        return torch.stack(views), label
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
+        for i in (index + np.arange(10)) % len(self.images.labels):
+            path = str(self.images.paths[i])
+            try:  # decode_image opens only names in UTF-8
+                x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
+                x = x if x.dtype == torch.uint8 else (x.int() >> 8).byte()  # 16-bit PNG
+                if x.ndim == 3:  # an animation has one dimension more
+                    return x, self.images.labels[i]
+            except (OSError, RuntimeError):
+                pass
+            warnings.warn(f"cannot read {path!a}: using the next file")
+        raise OSError(f"ten unreadable files in a row, the last one {path!a}")
 
 
-# same as simsiam.py
-def ignore_signals(worker: int) -> None:
-    """Loader processes are ended by their parent, not by the signal that asks it to save."""
+def batches(images: Images, plan, args):
+    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], first
+    views before second ones, and labels [b], on the device. u None: center crops."""
+    if images.pixels is None:
+        keys = ([(i, None if u is None else u[k].numpy()) for k, i in enumerate(index.tolist())]
+                for index, u in plan)
+        for x, labels in DataLoader(FileCrops(images, args), batch_sampler=keys,
+                                    num_workers=args.workers, worker_init_fn=ignore_signals,
+                                    pin_memory=args.device.type == "cuda"):
+            x = to_device(x, args.device).transpose(0, 1).flatten(0, 1)
+            yield x.to(args.dtype) / 255, to_device(labels, args.device)
+        return
+    height, width = images.pixels.shape[2:]
+    side = round(min(height, width) / (1 if args.small_images else 8 / 7))
+    center = ((height - side) // 2, (width - side) // 2, side, side, False)
+    for index, u in plan:
+        boxes = ([torch.tensor(value).expand(len(index)) for value in center] if u is None else
+                 crop_boxes(u.transpose(0, 1).flatten(0, 1), height, width, args.crop_min))
+        x = images.pixels[to_device(index.repeat(len(boxes[0]) // len(index)), args.device)]
+        crops = resized_crop(x.to(args.dtype) / 255, boxes, args.image_size)
+        yield crops, to_device(images.labels[index], args.device)
+
+
+def ignore_signals(worker: int) -> None:  # workers are ended by their parent, which saves first
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# same as simsiam.py
-def load(args, images: Images, wanted, crop_min: float = 1.0):
-    """The first stage for wanted, an iterable of (indices [b], crop draws [b, views, CROP_DRAWS] or
-    None for the test view). Yields crops [views * b, 3, S, S] in [0, 1] on the device, all images'
-    first view before the second, and the indices shown [b]: others than wanted where unreadable."""
-    size = args.image_size
-    margin = 1 if args.small_images else 8 / 7  # 256 for 224 px: authors' code; nothing at 32 px
-    flip_prob = getattr(args, "flip_prob", 0.5)  # where it is no field of the recipe, half of them
-    if images.pixels is None:
-        keys = ([*zip(index.tolist(), [None] * len(index) if crop is None else crop.numpy())]
-                for index, crop in wanted)
-        for x, shown in DataLoader(Stage1(images, size, crop_min, margin, flip_prob),
-                                   batch_sampler=keys, num_workers=args.workers,
-                                   worker_init_fn=ignore_signals,
-                                   pin_memory=args.device.type == "cuda"):
-            x = x.to(args.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-            yield x.to(args.dtype) / 255, shown
-        return
-    height, width = images.pixels.shape[2:]
-    side = round(min(height, width) / margin)
-    centre = ((height - side) // 2, (width - side) // 2, side, side, False)
-    for index, crop in wanted:
-        x = images.pixels[index.to(args.device)].to(args.dtype) / 255
-        boxes = [[torch.tensor([value]).expand(len(x)) for value in centre]] if crop is None else [
-            crop_boxes(u, height, width, crop_min, flip_prob) for u in crop.unbind(1)]
-        yield torch.cat([resized_crop(x, box, size) for box in boxes]), index
+def training_batches(images: Images, start: int, stop: int, views: int, args):
+    """For each step: its number, and this process's crops [views * b, 3, S, S] and labels [b]."""
+    def plan():
+        n = len(images.labels)
+        for step in range(start, stop):
+            epoch, i = divmod(step, n // args.batch_size)
+            if i == 0 or step == start:
+                order = torch.randperm(n, generator=generator(args.seed, "order", epoch))
+            u = draws(args.seed, "crop", step, args.batch_size, views, 23)
+            yield order[i * args.batch_size:][:args.batch_size].chunk(world_size())[rank()], u
+    return ((step, *x) for step, x in zip(range(start, stop), batches(images, plan(), args)))
 
 
-# same as simsiam.py
-def batches(args, images: Images, start: int, stop: int, views: int):
-    """What the steps start .. stop - 1 need: crops and indices as from load(), and with them the
-    colour draws [views * b, COLOUR_DRAWS] for the second stage."""
-    drawn, again = itertools.tee(draw_step(args, len(images), step, views)
-                                 for step in range(start, stop))
-    crops = load(args, images, ((index, crop) for index, crop, _ in again), args.crop_min)
-    for (x, shown), (index, _, colour) in zip(crops, drawn):
-        yield SimpleNamespace(crops=x, colours=colour.transpose(0, 1).flatten(0, 1), wanted=index,
-                              shown=shown)
-
-
-# same as simsiam.py
-def report_unreadable(images: Images, wanted: Tensor, shown: Tensor) -> None:
-    """Names each image that could not be read, once. Every process must call it."""
-    for i in sorted({*itertools.chain(*of_all(wanted[wanted != shown].tolist()))}):
-        if images.path(i) not in images.unreadable:
-            images.unreadable.add(images.path(i))
-            say(f"unreadable, another image stands in for it: {images.path(i)}")
-    count = len(images.unreadable)
-    if count > max(1, images.total / 100) or count >= max(1, images.total):
-        raise UserError(f"{count} images under {images.root} are unreadable, more "
-                        "than 1 %: mend or remove the files named above")
-
-
-# ----------------------------------------------------------------------------------------- monitors
-
-
-# same as simsiam.py
-@torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Std over the batch of z / |z|, mean over channels, times sqrt(d): SimSiam's Fig. 2. [B, d].
-
-    Near 1 for a healthy model, 0 when all images map to one point. Its blind spot: behind the
-    output BN it stays near 1 when all images map to one *line*; effective_rank sees that.
-    """
-    return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
-
-
-# same as simsiam.py
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp(entropy) of the variance shares of z's principal directions. [B, d] -> in [1, min(B, d)].
-
-    The collapse monitor: 1 when all images lie on one line, whatever the BN does to its scale.
-    (Roy & Vetterli, EUSIPCO 2007, on the spectrum of the covariance; ours, not the paper's.)
-    """
-    z = z.double() - z.double().mean(dim=0)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same non-zero spectrum
-    share = torch.linalg.eigvalsh(gram).clamp(min=0)
-    share = share / share.sum().clamp(min=1e-300)
-    return torch.special.entr(share).sum().exp().item()
-
-
-# same as simsiam.py
 @torch.no_grad()
 def features(encoder: nn.Module, images: Images, args) -> tuple[Tensor, Tensor]:
-    """The encoder's output, in eval mode, for the test view of each image -> [n, feature_dim] and
-    the indices of the images shown [n], the same in every process."""
-    training = encoder.training
+    """Features [n, feature_dim] of all center crops, in eval mode, and labels [n]; on all ranks."""
     encoder.eval()
-    n = len(images)
-    # Every world_size-th image, the first ones again at the end where the others have one more.
-    mine = (torch.arange(-(-n // world_size())) * world_size() + rank()) % n
-    rows, shown = [], []
-    for x, index in load(args, images, ((part, None) for part in mine.split(256))):
-        x = normalize(x, args.mean, args.std).contiguous(memory_format=torch.channels_last)
+    n, h, y = len(images.labels), [], []
+    mine = (torch.arange(math.ceil(n / world_size())) * world_size() + rank()) % n
+    for x, labels in batches(images, ((index, None) for index in mine.split(256)), args):
         with autocast(args):
-            rows.append(encoder(x).to(args.dtype))
-        shown.append(index)
-    encoder.train(training)
-    rows, shown = torch.cat(rows), torch.cat(shown)
-    report_unreadable(images, mine, shown)
-    parts = (all_gather(part).unflatten(0, (world_size(), -1)) for part in (rows, shown))
+            h.append(encoder(normalize(x, args.mean, args.std)).to(args.dtype))
+        y.append(labels)
+    parts = (all_gather(torch.cat(part)).unflatten(0, (world_size(), -1)) for part in (h, y))
     return tuple(part.transpose(0, 1).flatten(0, 1)[:n] for part in parts)
 
 
-# same as simsiam.py
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int,
-                 temperature: float) -> float:
-    """Share of queries whose class wins the vote of their k nearest in the bank, each neighbour's
-    vote weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978, Sec. 3.4).
-
-    bank [n, d], bank_labels [n], queries [m, d], labels [m] -> in [0, 1].
-    """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    right = 0
-    for query, label in zip(queries.split(1024), labels.split(1024)):
-        cosine, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(query), int(bank_labels.max()) + 1, device=query.device)
-        weight = torch.exp((cosine - cosine[:, :1]) / temperature)  # the largest is 1: no overflow
-        votes.scatter_add_(1, bank_labels[nearest], weight)
-        right += (votes.argmax(dim=1) == label).sum().item()
-    return right / len(labels)
+def log_knn(encoder: nn.Module, epoch: int, step: int, data, args):
+    """Log the kNN accuracy on the validation images, if there are labels. Returns features(val)."""
+    if data.val is not None:
+        bank, queries = (features(encoder, images, args) for images in (data.bank, data.val))
+        accuracy = knn_accuracy(*bank, *queries, args.knn_k, args.knn_temperature)
+        log(args, epoch=epoch, step=step, knn=accuracy)
+        encoder.train()
+        return queries
 
 
-# same as simsiam.py
-def knn_monitor(encoder: nn.Module, data, epoch: int, args) -> dict[str, float]:
-    """kNN accuracy of the encoder's features: bank of training images, queries from val."""
-    if data.val is None or not args.knn_every or epoch % args.knn_every and epoch < args.epochs:
-        return {}
-    (bank, i), (queries, j) = (features(encoder, images, args) for images in (data.bank, data.val))
-    labels = [images.labels[k.cpu()].to(args.device)
-              for images, k in ((data.bank, i), (data.val, j))]
-    vote = functools.partial(knn_accuracy, k=args.knn_k, temperature=args.knn_temperature)
-    result = {"knn": vote(bank, labels[0], queries, labels[1])}
-    if epoch == 0:
-        say(f"kNN: k {args.knn_k}, temperature {args.knn_temperature}, bank {len(bank)} training "
-            f"images, {len(queries)} queries")
-        if args.data == "demo":  # what the pixels give away without any network
-            bank, queries = (images.pixels.flatten(1) / 255 - 0.5
-                             for images in (data.bank, data.val))
-            result["knn_pixels"] = vote(bank, labels[0], queries, labels[1])
-    return result
+# --------------------------------------------------------------------------------------- run folder
 
 
-# -------------------------------------------------------------------------------------- run folder
+def log(args, **record) -> None:
+    """Append a line to log.jsonl, and print its numbers."""
+    if rank() == 0:
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
+        numbers = [f"{name} {x:.4g}" for name, x in record.items() if type(x) in (int, float)]
+        print("  ".join(numbers) or args.out, flush=True)
 
 
-# same as simsiam.py
-class Run:
-    """The run folder: lock, log.jsonl, views.png, last.pt, previous.pt, encoder.pt.
-
-    Opening it finds the checkpoint to go on from (state; None at the start) and refuses a folder
-    that another run uses, or that holds a run with other settings. Rank 0 alone writes.
-    """
-
-    def __init__(self, args, data):
-        self.args, self.board = args, None
-        self.config = {"stage": args.stage, "data": args.data, "images": data.digest,
-                       "recipe": args.recipe, "seed": args.seed,
-                       "init": args.initial and args.initial.digest,
-                       **{name: getattr(args, name) for name in args.fields}}
-        found = on_rank_0(self.claim)
-        self.state = everywhere(lambda: load_file(found)) if found else None
-        self.start = self.saved = self.state["step"] if self.state else 0  # the step to do next
-        on_rank_0(self.open_log)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.args.out, name)
-
-    def claim(self) -> str | None:
-        """Locks the folder and looks for a checkpoint of this very run."""
-        try:
-            os.makedirs(self.args.out, exist_ok=True)
-            self.lock = open(self.path("lock"), "w")
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {self.args.out}: wait for it, or give "
-                            "another --out") from None
-        if self.args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            for name in ("last.pt", "previous.pt", "corrupt.pt", "log.jsonl"):
-                if os.path.exists(self.path(name)):
-                    os.remove(self.path(name))
-        last, previous = self.path("last.pt"), self.path("previous.pt")
-        there = [*filter(os.path.exists, (last, previous))]
-        for path in there:
-            try:
-                config = load_file(path)["config"]
-            except (UserError, KeyError, TypeError):
-                say(f"{path} is corrupt" + f": taking {previous} in its place" * (path == last))
-                continue
-            self.compare(config)
-            if path != there[0]:  # lest it become previous.pt
-                os.replace(last, self.path("corrupt.pt"))
-            return path
-        if there:
-            raise UserError(f"no checkpoint in {self.args.out} can be read: --fresh starts over")
-        log = self.path("log.jsonl")  # of a run that ended before its first checkpoint?
-        if os.path.exists(log) and (os.path.isdir(log) or os.path.getsize(log)):
-            try:
-                with open(log) as file:
-                    self.compare(json.loads(file.readline())["config"])
-            except (ValueError, KeyError, TypeError, AttributeError, OSError):
-                raise UserError(f"{log} is none of ours: give another --out") from None
-        return None
-
-    def compare(self, theirs: dict) -> None:
-        theirs, ours = (json.loads(json.dumps(config)) for config in (theirs, self.config))
-        differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**ours, **theirs}
-                  if theirs.get(name) != ours.get(name) and name not in (
-                      "data", "labels", "teacher", "recipe", "grad_checkpoint", "knn_every_steps")]
-        if differ:  # "images" tells data, labels and teachers apart; the last two change no number
-            raise UserError(f"{self.args.out} holds another run, with {', '.join(differ)}: give "
-                            "another --out, or --fresh to start over")
-
-    def open_log(self) -> None:
-        """Cuts the log back to the checkpoint, so that no step stands in it twice."""
-        if self.state and self.state["finished"]:
-            return
-        if self.args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: pip install tensorboard first") from None
-            self.board = SummaryWriter(self.args.out, purge_step=self.start)
-        resumed = self.state and os.path.exists(self.path("log.jsonl"))
-        self.file = open(self.path("log.jsonl"), "r+b" if resumed else "wb")
-        if resumed:
-            size = self.file.seek(0, os.SEEK_END)  # a log that was cut by others is not filled up
-            self.file.seek(self.file.truncate(min(size, self.state["log_bytes"])))
-            say(f"{self.args.out}: going on from step {self.start}")
-        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
-               "--dirty", "--exclude=*"]
-        try:
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-        except OSError:  # no git here
-            commit = None
-        cuda = self.args.device.type == "cuda"
-        self.log(
-            **{"resumed": self.start} if resumed else {"config": self.config},
-            versions={"python": platform.python_version(), "torch": torch.__version__,
-                      "torchvision": torchvision.__version__, "numpy": np.__version__},
-            hardware=(f"{torch.cuda.get_device_name() if cuda else cpu_info('model name')}, "
-                      f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-                      f"{world_size()} processes"),
-            command=shlex.join(sys.argv), commit=commit)
-
-    def log(self, **record) -> None:
-        """One JSON object a line; with --tensorboard its numbers are scalars too."""
-        if rank() == 0:
-            try:
-                self.file.write(json.dumps(record).encode() + b"\n")
-                self.file.flush()
-            except OSError as error:
-                raise UserError(f"could not write {self.path('log.jsonl')}: {error}; what was "
-                                "saved is whole, and the same command goes on from it") from None
-            if self.board and "step" in record:
-                for name in record.keys() - {"step", "epoch", "q_histogram"}:
-                    self.board.add_scalar(name, record[name], record["step"])
-                self.board.flush()
-
-    def save(self, model: nn.Module, optimizer, keep: bool, **state) -> None:
-        """On rank 0: last.pt becomes previous.pt, the new state last.pt; if it fails, both stay."""
-        state |= {"config": self.config, "log_bytes": self.file.tell(),
-                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        os.fsync(self.file.fileno())
-        last, new = self.path("last.pt"), self.path("new.pt")
-        write_file(new, lambda file: torch.save(state, file))
-        if os.path.exists(last) and self.saved != state["step"]:  # else it is the same once more
-            os.replace(last, self.path("previous.pt"))
-        os.replace(new, last)
-        self.saved = state["step"]
-        if keep:
-            write_file(self.path(f"step{self.saved}.pt"), lambda file: torch.save(state, file))
-        write_encoder(model.encoder, self.args)
-
-    def save_views(self, images: Images, views: int, augmented) -> None:
-        """views.png: eight images in the test view, then their views as training sees them."""
-        args = argparse.Namespace(**vars(self.args))
-        args.workers, args.batch_size = 0, min(8, args.batch_size // world_size()) * world_size()
-
-        def draw():
-            batch = next(batches(args, images, 0, 1, views))
-            rows, _ = next(load(args, images, [(batch.wanted, None)]))
-            mean, std = (rows.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
-            rows = torch.cat([rows, augmented(batch) * std + mean]).clamp(0, 1).float().cpu()
-            picture = torchvision.utils.make_grid(rows, nrow=len(batch.wanted))
-            png = torchvision.io.encode_png((picture * 255).round().byte())
-            write_file(self.path("views.png"), lambda file: file.write(png.numpy().tobytes()))
-            if self.board:
-                self.board.add_image("views", picture)
-
-        on_rank_0(draw)
+def save_views(x: Tensor, args) -> None:
+    """views.png: normalized views [2 * n, 3, S, S], the first ones above the second ones."""
+    if rank() == 0:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (args.mean, args.std))
+        x = F.interpolate(x.float().cpu() * std + mean, scale_factor=math.ceil(96 / x.shape[-1]))
+        torchvision.utils.save_image(x, os.path.join(args.out, "views.png"), nrow=len(x) // 2)
 
 
-# same as simsiam.py
-def write_file(path: str, write) -> None:
-    """write(file), waits for the disk, then renames: the file at path is never half written."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save makes some of these of those
-        raise UserError(f"could not write {path}: {error}; what was saved is whole, and the same "
-                        "command goes on from it") from None
-    finally:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-
-
-# same as simsiam.py
-def write_encoder(encoder: nn.Module, args) -> None:
-    """encoder.pt, the weights with torchvision's or timm's names; beside it what they are for."""
+def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
+    """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
+    if rank() > 0:
+        return
+    data = args.data if args.data in DATA_RECIPES else os.path.abspath(args.data)
+    run = {"step": step, "config": args.config, "recipe": args.recipe, "data": data,
+           "data_root": os.path.abspath(args.data_root), "model": model.state_dict(),
+           "optimizer": optimizer.state_dict()}
     weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
-    about = {**{name: getattr(args, name) for name in ENCODER}, "feature_dim": encoder.feature_dim}
-    path = os.path.join(args.out, "encoder")
-    write_file(path + ".pt", lambda file: torch.save(weights, file))
-    write_file(path + ".json", lambda file: file.write(json.dumps(about).encode()))
-
-
-# same as simsiam.py
-def load_file(path: str):
-    """torch.load, of tensors and plain containers alone: a pickle that runs code is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path} (all hosts must see one disk)") from None
-    except Exception as error:  # torch.load has no error class of its own
-        raise UserError(f"{path} cannot be loaded: it is truncated, or more than tensors and plain "
-                        f"values ({type(error).__name__})") from None
-
-
-def read_official(file: dict) -> tuple[dict, dict]:
-    raise UserError("this is another method's official checkpoint; SimCLR's are TensorFlow's, "
-                    "which are not read: --init takes last.pt or encoder.pt of a run")
-
-
-# same as simsiam.py
-def read_init(args) -> SimpleNamespace:
-    """--init as a state dict with our names, of the whole model or the encoder, and its digest.
-
-    Reads a run's last.pt, which brings architecture and preprocessing along; its encoder.pt, for
-    which encoder.json does if it lies beside; and the authors' checkpoints (pre-training, linear).
-    """
-    file, settings = load_file(args.init), {}
-    try:
-        if "config" in file:
-            state, settings = file["model"], file["config"]
-        elif "arch" in file:
-            state, settings = read_official(file)
-        else:
-            state = {f"encoder.{name}": x for name, x in file.items()}
-            if os.path.exists(about := os.path.splitext(args.init)[0] + ".json"):
-                try:
-                    with open(about) as text:
-                        settings = {**json.load(text)}
-                except (OSError, ValueError, TypeError):
-                    raise UserError(f"{about}, beside --init, is no encoder.json of ours") from None
-        settings = {name: settings[name] for name in ENCODER if name in settings}
-        digest = hashlib.sha256()
-        for name in sorted(state):
-            digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"--init {args.init} is none of a run's last.pt, its encoder.pt, and an "
-                        "official checkpoint") from None
-    if settings.get("arch", args.arch) not in CHOICES["arch"]:
-        raise UserError(f"--init {args.init} holds a {settings['arch']}, which {SCRIPT}.py does "
-                        "not build")
-    for name, value in settings.items():
-        given = args.given.get(name, value)
-        if json.dumps(given) != json.dumps(value):  # to which a list and a tuple are one
-            raise UserError(f"--{name.replace('_', '-')} {given}, but {args.init} has {value}: "
-                            "leave the flag out")
-        setattr(args, name, value)
-    return SimpleNamespace(state=state, digest=digest.hexdigest()[:12])
-
-
-# same as simsiam.py
-def load_initial(model: nn.Module, args) -> None:
-    """Loads --init strictly: all of it if the stage is pretrain and the file has heads."""
-    state = args.initial.state
-    if args.stage != "pretrain" or all(name.startswith("encoder.") for name in state):
-        model, prefix = model.encoder, getattr(args, "init_encoder", "encoder") + "."
-        state = {name.removeprefix(prefix): x for name, x in state.items()
-                 if name.startswith(prefix)}
-        if not state:
-            raise UserError(f"--init {args.init} holds no {prefix[:-1]}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # which names what is missing, unknown, or of another shape
-        wrong = textwrap.shorten(str(error).partition("\n")[2], 220)
-        raise UserError(f"--init {args.init} does not fit --arch {args.arch} --width "
-                        f"{args.width:g} and the rest: {wrong}") from None
-
-
-# -------------------------------------------------------------------------------------------- loop
-
-# same as simsiam.py
-STOP = threading.Event()  # set by SIGTERM (SLURM, spot machines) and Ctrl-C: save and end
-
-
-# same as simsiam.py
-@contextlib.contextmanager
-def signals_caught():
-    """Within, SIGTERM and the first Ctrl-C set STOP; a second Ctrl-C means it."""
-    def catch(number, frame):
-        STOP.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    STOP.clear()
-    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# same as simsiam.py
-@signals_caught()
-def fit(args, run: Run, data, model: nn.Module, optimizer, step_function, monitor, evaluate,
-        views: int) -> bool:
-    """The loop of every stage that trains; returns whether the run came to its end now.
-
-    step_function(batch, epoch) -> loss [] and what the monitor wants; monitor(that) and
-    evaluate(epoch) -> numbers for the log, the latter before the first and after each epoch. Steps
-    count from 0 over the whole run.
-    """
-    per_epoch = len(data.train) // args.batch_size  # what is left over in an epoch is dropped
-    total = args.epochs * per_epoch
-    stop = max(run.start, min(total, args.steps or total))
-    evaluated = False
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        if run.state["finished"]:
-            say(f"{args.out} is finished; --fresh starts over")
-            return False
-        evaluated, run.state = run.state["evaluated"], None  # frees the memory
-    model.train()
-    began = saved = mark = time.time()  # mark: when the interval since the last log line began
-    waited, first, losses = 0.0, run.start, torch.zeros((), device=args.device)
-
-    def save(step, evaluated=False):
-        keep = args.keep_every and step % (args.keep_every * per_epoch) == 0
-        on_rank_0(lambda: run.save(model, optimizer, keep, step=step, evaluated=evaluated,
-                                   finished=evaluated and step == total))
-
-    def evaluate_at(step):
-        if record := evaluate(step // per_epoch):
-            run.log(epoch=step // per_epoch, step=step, **record)
-            say(f"epoch {step // per_epoch}/{args.epochs}  "
-                + "  ".join(f"{name} {100 * value:.1f} %" for name, value in record.items()))
-
-    if run.start % per_epoch == 0 and not evaluated:
-        evaluate_at(run.start)
-        mark = time.time()
-    stream = batches(args, data.train, run.start, stop, views)
-    for step in range(run.start, stop):
-        now = time.time()
-        batch = next(stream)
-        waited += time.time() - now
-        loss, seen = step_function(batch, step / per_epoch)
-        losses += loss
-        # On the CPU, so that no GPU is waited for; summed, so that all processes take one turn.
-        stopping, bad, saving = sum_over_processes(torch.tensor(
-            [STOP.is_set(), (batch.wanted != batch.shown).sum(),
-             rank() == 0 and time.time() - saved > 60 * args.save_every])).tolist()
-        if bad:
-            report_unreadable(data.train, batch.wanted, batch.shown)
-        ended = (step + 1) % per_epoch == 0
-        saving = saving or stopping or ended or step + 1 == stop
-        if saving or step % args.log_every == 0:
-            loss, losses = sum_over_processes(torch.stack([loss, losses])) / world_size()
-            norms = torch.stack(torch._foreach_norm([*model.parameters()]))
-            if not (losses.isfinite() and norms.isfinite().all()):
-                raise UserError(f"loss or weights stopped being finite in the steps {first} to "
-                                f"{step}: try a lower --base-lr, or --precision fp32; a last.pt in "
-                                f"{args.out} is from before")
-            count, seconds = step + 1 - first, time.time() - mark
-            record = dict(
-                epoch=round(step / per_epoch, 4), step=step, loss=loss.item(),
-                lr=optimizer.param_groups[0]["lr"], **monitor(seen),
-                images_per_s=round(count * args.batch_size / seconds, 1),
-                data_wait=round(waited / seconds, 4), memory_gb=round(peak_memory(args.device), 3),
-                seconds=round(time.time() - began, 1))
-            run.log(**record)
-            left = int((total - step - 1) * seconds / count)
-            say("  ".join(f"{name} {value:.4g}" for name, value in record.items())
-                + f"  left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-            if ended and waited > 0.3 * seconds and data.train.pixels is None:
-                say("a third of the time went by waiting for images: give more --workers")
-            waited, first, losses, mark = 0.0, step + 1, torch.zeros_like(loss), time.time()
-        if saving:
-            save(step + 1)
-            saved = time.time()
-        if stopping:
-            say(f"stopped and saved after step {step}; the same command goes on")
-            return False
-        if ended:
-            evaluate_at(step + 1)
-            mark = time.time()
-    save(stop, evaluated=stop % per_epoch == 0)
-    say(f"finished: {args.out}" if stop == total else f"paused at step {stop} of {total}")
-    return stop == total
-
-
-# same as simsiam.py
-def peak_memory(device: torch.device) -> float:
-    """In GB: the GPU's, or else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-# ------------------------------------------------------------------------------------------- stages
-
-
-def pretrain(args) -> None:
-    """Stage 1 over the whole data, with its monitors."""
-    data = load_data(args)
-    if 0 < 2 * (len(data.train) // args.batch_size * args.batch_size) <= args.queue:
-        raise UserError(f"--queue {args.queue} is no less than an epoch's keys, two an image: an "
-                        f"image's own would be among its negatives; {args.data} has "
-                        f"{len(data.train)} images")
-    model = SimCLR(build_encoder(args), args.dim, args.head_layers, args.queue,
-                   len(data.classes) if data.val else 0)
-    whole = args.initial and any(not name.startswith("encoder.") for name in args.initial.state)
-    if whole:  # all but the online classifier, which always starts anew
-        state = {n: x for n, x in args.initial.state.items() if not n.startswith("online.")}
-        args.initial.state = state | {n: x for n, x in model.state_dict().items()
-                                      if n.startswith("online.")}
-    net = prepare(model, args)
-    if args.queue and args.initial and not whole:
-        # --init held an encoder alone: the momentum encoder starts as a copy of it, as always.
-        model.key_encoder.load_state_dict(model.encoder.state_dict())
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    say(f"loss: about {2 * math.log(2 * args.batch_size - 1 + args.queue):.2f} by chance, "
-        f"{2 * args.batch_size - 2 + args.queue} negatives an anchor")
-    say_schedule(args, len(data.train))
-
-    def step(batch, epoch):
-        x = augment(batch.crops, batch.colours, args)
-        labels = data.train.labels[batch.shown].to(args.device) if model.online else None
-        loss, z1, z2, logits = train_step(net, optimizer, x, labels, epoch, args)
-        return loss, (z1, z2, logits, labels)
-
-    @torch.no_grad()
-    def monitor(seen):
-        z1, z2, logits, labels = seen
-        guess, positive = contrast_logits(z1, z2, 1.0)
-        # Of how many anchors the positive is the nearest candidate, and of how many views with a
-        # known label the online classifier is right.
-        counts = [(guess.argmax(dim=1) == positive).sum(), len(guess)]
-        if logits is not None:
-            counts += [(logits.argmax(dim=1) == labels.repeat(2)).sum(), 2 * (labels >= 0).sum()]
-        counts = sum_over_processes(torch.tensor([float(count) for count in counts]))
-        shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
-        z = all_gather(z1)[:512].cpu()  # 512 images are enough for a monitor: our choice, for speed
-        return {"std": feature_std(z), "rank": effective_rank(z),
-                **dict(zip(("contrast_top1", "online_train_top1"), shares))}
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        result = knn_monitor(model.encoder, data, epoch, args)
-        if result and epoch:
-            h, shown = features(model.encoder, data.val, args)
-            result["online_top1"] = top1(model.online(h), data.val, shown)
-        return result
-
-    run.save_views(data.train, 2, lambda batch: augment(batch.crops, batch.colours, args))
-    fit(args, run, data, model, optimizer, step, monitor, evaluate, views=2)
-
-
-# same as byol.py
-def labelled(images: Images, args) -> Images:
-    """The images whose labels --labels gives away: as many of each class, or one more, drawn by the
-    seed, or those a file lists, a line each, by file name (as SimCLR's lists do) or class/name."""
-    try:
-        share = float(args.labels)
-    except ValueError:
-        share = None
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"--labels {args.labels} makes no sense: a share above 0, at most 1")
-    if share == 1:
-        return images
-    if share:
-        order = torch.randperm(len(images), generator=generator(args.seed, "labels"))
-        parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
-        # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
-        wanted = max(len(parts), round(share * sum(map(len, parts))))
-        each, rest = divmod(wanted, len(parts))
-        more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
-        picked = torch.cat([part[:each + one] for part, one in zip(parts, more)])
-        picked = picked.sort()[0]
-    else:
+    for name, state in {"last.pt": run, "encoder.pt": weights}.items():
+        path = os.path.join(args.out, name)
         try:
-            with open(args.labels, "rb") as file:
-                lines = [os.fsdecode(line) for line in map(bytes.strip, file) if line]
-        except (OSError, ValueError):
-            raise UserError(f"--labels {args.labels} is neither a share such as 0.01 nor a file "
-                            "that lists images") from None
-        places = {}  # of a name, and of a name without its folders: those of all such images
-        for i, name in enumerate(map(os.fsdecode, images.names)):
-            for known in {name, os.path.basename(name)}:
-                places.setdefault(known, []).append(i)
-        wrong = [f"{line}, which is {'not' if line not in places else 'more than once'} among the "
-                 "training images" for line in lines if len(places.get(line, ())) != 1]
-        if wrong or not lines:
-            raise UserError(f"--labels {args.labels} lists "
-                            + (f"{wrong[0]} ({len(wrong)} such lines)" if wrong else "no image"))
-        picked = torch.tensor([*dict.fromkeys(places[line][0] for line in lines)])
-    if args.batch_size > len(picked):
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(picked)} images of "
-                        f"--labels {args.labels}")
-    pixels = None if images.pixels is None else images.pixels[picked.to(images.pixels.device)]
-    return replace(images, names=images.names[picked.numpy()], labels=images.labels[picked],
-                   pixels=pixels, total=len(picked))
+            with open(path + ".tmp", "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)  # a crash while saving leaves the old file intact
+        except (OSError, RuntimeError) as error:  # torch.save wraps some OSErrors in RuntimeError
+            Path(path + ".tmp").unlink(missing_ok=True)
+            sys.exit(f"cannot write {path}: {error}; the last checkpoint is intact")
+    Path(args.out, "encoder.json").write_text(json.dumps({x: getattr(args, x) for x in ENCODER}))
 
 
-# same as byol.py
-def write_labels(run: Run, images: Images) -> None:
-    """labels.txt: the images whose labels were used, as --labels reads them."""
-    lines = b"".join(os.fsencode(name) + b"\n" for name in images.names)
-    write_file(run.path("labels.txt"), lambda file: file.write(lines))
-
-
-# same as simsiam.py
-def classify_batch(net: nn.Module, optimizer, batch, images: Images, args) -> Tensor:
-    """One step on labelled images: cross-entropy on a crop of each, in --accumulate parts -> []."""
-    x = normalize(batch.crops, args.mean, args.std).contiguous(memory_format=torch.channels_last)
-    labels = images.labels[batch.shown].to(args.device)
-    optimizer.zero_grad()
-    loss = torch.zeros((), device=args.device, dtype=args.dtype)
-    for x, label in zip(x.chunk(args.accumulate), labels.chunk(args.accumulate)):
-        with autocast(args):
-            logits = net(x)
-        part = F.cross_entropy(logits.to(args.dtype), label, reduction="sum") / len(labels)
-        part.backward()
-        loss += part.detach()
-    optimizer.step()
-    return loss
-
-
-def official_steps(images: int, epochs: int, batch_size: int) -> int:
-    """Steps that the authors' code takes: all images that are to be seen, by the batch, and one."""
-    return images * epochs // batch_size + 1
-
-
-def say_schedule(args, images: int) -> None:
-    steps, rule = args.epochs * (images // args.batch_size), {
-        "sqrt": f"sqrt({args.batch_size})", "linear": f"{args.batch_size} / 256"}[args.lr_rule]
-    theirs = official_steps(images, args.epochs, args.batch_size)
-    say(f"{args.optimizer}, lr {args.base_lr:g} x {rule} = {peak_lr(args):.4g}, {steps} steps (the "
-        f"authors' code: {theirs}, for its batches run on across epochs)")
-
-
-def layers_in(state: dict) -> int:
-    """How many layers of the head a state dict holds."""
-    return len({name.split(".")[1] for name in state if name.startswith("projector.")})
-
-
-def kept_layers(args, feature_dim: int) -> list[nn.Module]:
-    """The head's first --from-layer layers, with --init's weights, or new ones without it."""
-    head = [*projection_head(feature_dim, args.head_layers, args.dim)][:args.from_layer]
-    if not args.initial:
-        return head
-    if (there := layers_in(args.initial.state)) < args.from_layer:
-        raise UserError(f"--from-layer {args.from_layer}, but {args.init} holds {there} layers of "
-                        "the head: give last.pt of the pre-training, or a smaller --from-layer")
-    for i, layer in enumerate(head):
-        prefix = f"projector.{i}."
-        try:
-            layer.load_state_dict({name.removeprefix(prefix): x for name, x
-                                   in args.initial.state.items() if name.startswith(prefix)})
-        except RuntimeError as error:
-            raise UserError(f"--init {args.init}, layer {i + 1} of the head: "
-                            f"{str(error).splitlines()[-1].strip()}") from None
-    return head
-
-
-def read_teacher(args) -> TaskNetwork:
-    """--teacher as a network; its settings become the student's where no flag says otherwise."""
-    path = os.path.join(args.teacher, "last.pt") if os.path.isdir(args.teacher) else args.teacher
-    file = load_file(path)
+def read_checkpoint(path: str, advice: str) -> dict:
     try:
-        config, state = file["config"], file["model"]
-        settings = SimpleNamespace(**{name: config[name] for name in ENCODER})
-        classes = len(state["fc.bias"])
-        encoder = build_encoder(settings)
-        head = projection_head(encoder.feature_dim, settings.head_layers, settings.dim)
-        teacher = TaskNetwork(encoder, [*head[:layers_in(state)]], classes)
-        teacher.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
-        raise UserError(f"--teacher {path} is no run of finetune, distill or linear of this script"
-                        ) from None
-    if not file["finished"]:
-        say(f"note: {path} is of step {file['step']} of a run that has not ended")
-    for name, value in vars(settings).items():
-        if name in ("image_size", "mean", "std", "small_images") and args.given.get(
-                name, value) not in (value, [*value] if isinstance(value, tuple) else value):
-            raise UserError(f"--{name.replace('_', '-')} {args.given[name]}, but the teacher has "
-                            f"{value}: both see the same images; leave the flag out")
-    taken = {name: value for name, value in vars(settings).items() if name not in args.given}
-    if args.given.get("arch", settings.arch) != settings.arch:  # of another network: the recipe's
-        taken = {name: value for name, value in taken.items()
-                 if name not in ("width", "sk", "patch_size", "heads", "patch_projection")}
-        args.heads = args.given.get("heads", 0)
-    vars(args).update(taken)
-    if args.recipe not in (fitting := recipes(args.recipe.split("-")[0], args.arch)):
-        args.recipe = fitting[0]  # as setup does for --init
-        vars(args).update((name, values[RECIPE_NAMES.index(args.recipe)]) for name, values
-                          in DISTILL.items() if name not in args.given)
-    if "labels" not in args.given and config["stage"] == "finetune":
-        args.labels = config["labels"]
-    same = all(getattr(args, name) == getattr(settings, name) for name in ("arch", "width", "sk"))
-    if same and "temperature" not in args.given:
-        args.temperature = 0.1  # self-distillation: v2, Sec. 3.1
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].float().cpu().numpy().tobytes())
-    args.teacher_digest = digest.hexdigest()[:8]
-    return teacher
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises many kinds
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): {advice}")
 
 
-def top1(logits: Tensor, images: Images, shown: Tensor) -> float:
-    return (logits.argmax(dim=1).cpu() == images.labels[shown.cpu()]).sum().item() / len(logits)
+def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
+    """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
+    last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
+    args.config = json.loads(json.dumps(args.config))  # lists for tuples
+    if os.path.exists(last):
+        checkpoint = read_checkpoint(last, "delete it to start over")
+        old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
+        if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
+            sys.exit(f"{args.out} holds a run with other {', '.join(names)}: choose another --out")
+        print0(f"{args.out}: continuing from step {step}")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    stop = max(step, min(total, args.steps))
+    if all_gather(torch.tensor([step])).unique().numel() > 1:
+        sys.exit(f"--out {args.out} must be one folder that all machines share")
+    if rank() == 0 and (step == 0 or step < stop):
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        lines = [x for x in lines if x.endswith("\n")]  # a kill may cut the last one in two
+        path.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= step))
+        git = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
+        failed, commit = subprocess.getstatusoutput(git)
+        device = (torch.cuda.get_device_name() if args.device.type == "cuda" else
+                  f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
+        versions = {x.__name__: x.__version__ for x in (torch, torchvision, np)}
+        log(args, config=args.config, versions={"python": sys.version.split()[0], **versions},
+            hardware=f"{device}, {world_size()} processes of {torch.get_num_threads()} threads",
+            command=shlex.join(sys.argv), commit=None if failed else commit)
+    return step, stop
 
 
-def whole_encoder(args) -> nn.Module:
-    """For the later stages, which train all of it: a ViT's patch projection too, which is frozen
-    for pre-training alone."""
-    encoder = build_encoder(args)
-    if args.arch.startswith("vit"):
-        encoder.patch_embed.proj.requires_grad_(True)
-    return encoder
+def summarize(step: int, total: int, args) -> None:
+    """The line that a run ends with: its folder, and the accuracy before and after."""
+    if rank() == 0:
+        lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
+        found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
+        result = f", {found[0][0]} {found[0][1]:.1%} -> {found[-1][1]:.1%}" if found else ""
+        print(f"{args.out}: step {step} of {total}{result}", flush=True)
 
 
-def supervise(args) -> None:
-    """Stage 2, and linear evaluation: crops and flips, cross-entropy, cosine decay per step."""
-    data = load_data(args, labels=True)
-    images = len(data.train)
-    data.train = everywhere(lambda: labelled(data.train, args))
-    names = b" ".join(map(os.fsencode, data.train.names))
-    data.digest += f"-{hashlib.sha256(names).hexdigest()[:8]}"
-    if args.stage == "finetune":
-        published(args, len(data.train) / images)
-    encoder = whole_encoder(args)
-    kept = everywhere(lambda: kept_layers(args, encoder.feature_dim))
-    frozen = args.stage == "linear"
-    model = TaskNetwork(encoder, kept, len(data.classes), frozen)
-    net = prepare(model, args)
-    optimizer = build_optimizer(model, args)
-    run = Run(args, data)
-    on_rank_0(lambda: write_labels(run, data.train))
-    say("protocol: " + ("linear classifier on the frozen network (eval mode)" if frozen else
-                        "classifier and whole network, evaluated every --knn-every epochs")
-        + f", from layer {args.from_layer} of the head, {args.epochs} epochs of {len(data.train)} "
-        f"labelled images, crops and flips; top-1 of the last epoch on {len(data.val)} val images")
-    say_schedule(args, len(data.train))
-    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
-    fixed = []  # a frozen network's features of the val images: taken once
-
-    def step(batch, epoch):
-        set_lr(optimizer, epoch, args)
-        return classify_batch(net, optimizer, batch, data.train, args), None
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        if epoch < args.epochs and not frozen and (not args.knn_every or epoch % args.knn_every):
-            return {}
-        if not frozen:
-            logits, shown = features(model, data.val, args)
-            return {"top1": top1(logits, data.val, shown)}
-        fixed[:] = fixed or features(nn.Sequential(model.encoder, model.projector).eval(), data.val,
-                                     args)
-        return {"top1": top1(model.fc(fixed[0]), data.val, fixed[1])}
-
-    fit(args, run, data, model, optimizer, step, lambda seen: {}, evaluate, views=1)
-
-
-def distill(args) -> None:
-    """Stage 3: every image, labels ignored unless alpha is below 1; crops and flips alone."""
-    teacher = everywhere(lambda: read_teacher(args))
-    check(args)  # once more, for the student's architecture may be the teacher's
-    data, listed = load_data(args, labels=args.alpha < 1), None
-    classes = teacher.fc.out_features
-    if data.val and len(data.classes) != classes:
-        raise UserError(f"--teacher {args.teacher} knows {classes} classes, and {args.data} has "
-                        f"{len(data.classes)}")
-    known = torch.full([len(data.train)], -1)
-    if args.alpha < 1:
-        some = argparse.Namespace(**{**vars(args), "batch_size": 1})  # fewer than a batch will do
-        listed = everywhere(lambda: labelled(data.train, some))
-        isin = torch.from_numpy(np.isin(data.train.names, listed.names))
-        known = torch.where(isin, data.train.labels, known)
-        data.digest += f"-{hashlib.sha256(known.numpy().tobytes()).hexdigest()[:8]}"
-    data.digest += f"-{args.teacher_digest}"
-    student = TaskNetwork(whole_encoder(args), [], classes)
-    nn.init.normal_(student.fc.weight, std=0.01)  # authors' code; 0 is for fine-tuning
-    net = prepare(student, args)
-    teacher.to(args.device, args.dtype, memory_format=torch.channels_last)
-    teacher.requires_grad_(False).eval()
-    optimizer = build_optimizer(student, args)
-    run = Run(args, data)
-    if listed is not None:
-        on_rank_0(lambda: write_labels(run, listed))
-    say(f"{args.arch} {args.width:g}x{' SK' * args.sk} learns from {args.teacher} at temperature "
-        f"{args.temperature:g}, {len(data.train)} images, "
-        f"{0 if listed is None else len(listed)} of them labelled")
-    say_schedule(args, len(data.train))
-    run.save_views(data.train, 1, lambda batch: normalize(batch.crops, args.mean, args.std))
-
-    def step(batch, epoch):
-        x = normalize(batch.crops, args.mean, args.std)
-        x = x.contiguous(memory_format=torch.channels_last)
-        loss, s, t = distill_step(net, teacher, optimizer, x, known[batch.shown].to(args.device),
-                                  epoch, args)
-        return loss, (s, t)
-
-    def monitor(seen):
-        s, t = seen
-        agree = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
-        entropy = args.alpha * distillation_loss(t, t, args.temperature)  # the loss is no less
-        entropy = entropy * (args.temperature ** 2 if args.tau_squared else 1)
-        values = sum_over_processes(torch.stack([entropy, agree]).cpu()) / world_size()
-        return dict(zip(("floor", "agree"), values.tolist()))
-
-    @torch.no_grad()
-    def evaluate(epoch):
-        skipped = epoch < args.epochs and (not args.knn_every or epoch % args.knn_every)
-        if data.val is None or skipped:
-            return {}
-        result = {}
-        for name, network in (("top1", student), ("teacher_top1", teacher))[:1 if epoch else 2]:
-            logits, shown = features(network, data.val, args)
-            result[name] = top1(logits, data.val, shown)
-        return result
-
-    fit(args, run, data, student, optimizer, step, monitor, evaluate, views=1)
-
-
-# same as simsiam.py
-def embed(args) -> None:
-    """features.pt: features [n, feature_dim], paths, labels (or None), classes, of every image."""
-    data = load_data(args)
-    model = nn.Module()
-    model.encoder = build_encoder(args)
-    prepare(model, args)
-    rows, paths, labels = [], [], []
-    for images in filter(None, (data.train, data.val)):
-        h, _ = features(model.encoder, images, args)
-        good = [i for i in range(len(images)) if images.path(i) not in images.unreadable]
-        rows.append(h[good].cpu())
-        paths += [images.path(i) for i in good]
-        labels += images.labels[good].tolist() if data.val else []
-    result = {"features": torch.cat(rows), "paths": paths, "labels": labels or None,
-              "classes": data.classes}
-    path = os.path.join(args.out, "features.pt")
-    on_rank_0(lambda: write_file(path, lambda file: torch.save(result, file)))
-    say(f"{path}: features {[*result['features'].shape]}")
-
-
-# -------------------------------------------------------------------------------------------- main
+def load_encoder(args) -> nn.Module:
+    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
+    try:
+        encoder = build_encoder(args)
+    except ValueError as error:
+        sys.exit(f"--arch {args.arch}: {error}")
+    if file := vars(args).pop("initial"):
+        weights, ours = file.get("state_dict", file.get("model", file)), encoder.state_dict()
+        which, stem = vars(args).get("init_encoder", "").removesuffix("encoder"), next(iter(ours))
+        prefix = min((name.removesuffix(stem) for name in weights if name.endswith(stem)
+                      and which in name), key=len, default=which)
+        heads = (prefix + "fc.", prefix + "head.")
+        weights = {name.removeprefix(prefix): x for name, x in weights.items() if torch.is_tensor(x)
+                   and name.startswith(prefix) and not name.startswith(heads)}
+        if wrong := [name for name in {**ours, **weights} if "num_batches_tracked" not in name and
+                     getattr(ours.get(name), "shape", 0) != getattr(weights.get(name), "shape", 0)]:
+            sys.exit(f"--init {args.init} does not fit --arch {args.arch}, width {args.width:g}, "
+                     f"small_images {args.small_images}: {', '.join(wrong[:3])} differ")
+        encoder.load_state_dict(weights, strict=False)
+    # MPS: batch norm in channels_last has wrong gradients (pytorch #175189).
+    fast = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
+    return encoder.to(args.device, args.dtype, memory_format=fast)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one stage; returns the exit code: 0, or 2 after one sentence about a user's mistake."""
+    def stop_soon(number, frame):
+        STOP.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends at once
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, stop_soon)
+    signal.signal(signal.SIGINT, stop_soon)
     try:
-        args = parse_args(argv)
-        setup(args)
-        {"pretrain": pretrain, "linear": supervise, "finetune": supervise, "distill": distill,
-         "embed": embed}[args.stage](args)
-        return 0
-    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        known = {torch.OutOfMemoryError: "the device is out of memory: lower --batch-size",
-                 KeyboardInterrupt: "interrupted; what was saved is whole"}
-        if rank() == 0:
-            print(f"{SCRIPT}.py: {known.get(type(error), error)}", file=sys.stderr, flush=True)
-        else:  # torchrun ends all processes when one ends: let rank 0 speak first
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(3)
-        return 2
-    finally:
+        setup(settle(args))
+        STAGES[args.stage](args)
         if dist.is_initialized():
-            # Gloo's thread lets go of the last collective's tensor, which takes the interpreter's
-            # lock, and destroying holds that lock while it waits for the thread: give it the time.
-            # Without this, one of five runs of two processes hung at its end (torch 2.6).
-            time.sleep(0.2)
+            time.sleep(0.2)  # torch 2.6's Gloo may deadlock if destroyed right after a collective
             dist.destroy_process_group()
+        return 0
+    except (KeyboardInterrupt, OSError) as error:  # OSError: a disk or a network that fails
+        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: the same command continues it")
+    except RuntimeError as error:
+        if "shared memory" not in f"{error} {error.__cause__}":
+            raise
+        sys.exit("/dev/shm is too small: use --workers 0, or docker's --shm-size")
+    finally:
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():  # of an error; they ignore SIGTERM
+            worker.kill()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
+    main()

@@ -3,9 +3,9 @@
 Both sides of a ratio run in turn, a few times; the medians count. Without --photos (a tree of
 photographs, such as a few hundred from ImageNet) the loader reads generated 500 x 375 JPEGs.
 
-The parts `peer` and `peer_knn` need lightly (`pip install lightly`), which the project does not.
-`side_by_side` is the table of all five scripts; `--cifar FOLDER` gives it CIFAR-10 as a folder, with
-train/ and val/, in place of the built-in images.
+The part `peer` needs lightly (`pip install lightly`), which the project does not. `side_by_side` is
+the table of all five scripts; `--cifar FOLDER` gives it CIFAR-10 as a folder, with train/ and val/,
+in place of the built-in images.
 """
 
 import argparse
@@ -59,27 +59,16 @@ def rate(function, amount: float, seconds: float = 4.0) -> float:
 
 
 def arguments(*argv, script=simsiam) -> argparse.Namespace:
-    args = script.parse_args([*argv])
-    args.initial = None
-    if new_form(script):
-        args = script.settle(args)
+    args = script.settle(script.parse_args([*argv]))
     args.device, args.dtype = torch.device(args.device or "cpu"), torch.float32
     args.workers = args.workers or 0
     return args
 
 
-def new_form(script) -> bool:
-    """Scripts come in two forms, whose functions around the method have other names."""
-    return hasattr(script, "settle")
-
-
-def encoder_and_prepare(script, args):
-    """A new encoder, and the function that makes a model ready for training."""
-    if not new_form(script):
-        return script.build_encoder(args), script.prepare
+def new_encoder(script, args):
     args.initial = {}  # load_encoder takes it away
     with contextlib.redirect_stdout(io.StringIO()):
-        return script.load_encoder(args), script.distribute
+        return script.load_encoder(args)
 
 
 def cpu_model() -> str:
@@ -93,12 +82,12 @@ def uniform(*shape: int) -> torch.Tensor:
 
 
 def pil_pipeline(size: int, crop_min: float, blur: bool):
-    """The usual two views of MoCo v2's recipe (App. A of SimSiam), with PIL, in float at the end."""
+    """The usual two views of MoCo v2's recipe (App. A of SimSiam), with PIL."""
     view = transforms.Compose([
         transforms.RandomResizedCrop(size, scale=(crop_min, 1.0)),
         transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
         transforms.RandomGrayscale(p=0.2),
-        *([transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], p=0.5)] if blur else []),
+        *[transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], p=0.5)] * blur,
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
     return lambda image: (view(image), view(image))
@@ -185,16 +174,17 @@ def compare_loaders(photos: str) -> None:
             if y.is_cuda:
                 torch.cuda.synchronize()
 
-        print(f"second stage, 224 px, on {device}: {rate(second_stage, 64):.4g} views/s", flush=True)
+        found = rate(second_stage, 64)
+        print(f"second stage, 224 px, on {device}: {found:.4g} views/s", flush=True)
 
 
 def step_rate(args, batch: int, repeats: int) -> float:
     """images/s of the bare training step on random tensors."""
     torch.manual_seed(0)
-    encoder, prepare = encoder_and_prepare(simsiam, args)
+    encoder = new_encoder(simsiam, args)
     model = simsiam.SimSiam(encoder, args.dim, args.predictor_dim, args.hidden_dim,
                             args.projector_layers)
-    net = prepare(model, args)
+    net = simsiam.distribute(model, args)
     optimizer = simsiam.build_optimizer(model, args)
     x = torch.randn(2, batch, 3, args.image_size, args.image_size, device=args.device)
     x1, x2 = (v.contiguous(memory_format=torch.channels_last) for v in x)
@@ -219,8 +209,8 @@ def precision() -> None:
 class Watch:
     """One training run of a script, or, if it is to be split, a clock around each part of it.
 
-    Counts from the entry into the step `SKIP` to that into the last one, whole iterations; the last
-    call of train_step is kept, to be repeated as the bare step: same network, same tensors, no data.
+    Counts from the entry into the step `SKIP` to that into the last one, whole iterations. The last
+    call of train_step is kept, to be repeated as the bare step: same network, same tensors.
     """
 
     SKIP = 3  # steps that warm up
@@ -233,12 +223,10 @@ class Watch:
                 if hasattr(script, name):
                     self.patch(script, name, self.clock(part, getattr(script, name)))
             self.patch(torch.Tensor, "backward", self.clock("backward", torch.Tensor.backward))
-            prepare, batches = (("distribute", "training_batches") if new_form(script) else
-                                ("prepare", "batches"))
-            self.patch(script, prepare, self.inner(getattr(script, prepare), "forward", "forward"))
+            self.patch(script, "distribute", self.inner(script.distribute, "forward", "forward"))
             self.patch(script, "build_optimizer",
-                       self.inner(script.build_optimizer, "step", "optimiser"))
-            self.patch(script, batches, self.timed_batches(getattr(script, batches)))
+                       self.inner(script.build_optimizer, "step", "optimizer"))
+            self.patch(script, "training_batches", self.timed_batches(script.training_batches))
         self.patch(script, "train_step", self.watched(script.train_step))
         try:
             with tempfile.TemporaryDirectory() as out:
@@ -306,7 +294,7 @@ class Watch:
 
 
 SCRIPTS = ("simsiam", "moco_v3", "byol", "dcl", "simclr_v2")
-COLUMNS = ("images/s", "of bare step", "data", "augment", "forward", "backward", "optimiser", "EMA",
+COLUMNS = ("images/s", "of bare step", "data", "augment", "forward", "backward", "optimizer", "EMA",
            "rest of step", "rest of loop", "GB")
 
 
@@ -328,9 +316,10 @@ def side_by_side_row(name: str, width: float, batch: int, data: str, device: str
     run = Watch(script, flags, split=True)
     ms = {part: 1000 * seconds / run.steps() for part, seconds in run.split.items()}
     step, total = ms.pop("step"), 1000 * run.total / run.steps()
-    inside = sum(ms.get(part, 0) for part in ("forward", "backward", "optimiser", "EMA"))
+    inside = sum(ms.get(part, 0) for part in ("forward", "backward", "optimizer", "EMA"))
     return {"images/s": round(batch / loop, 1), "of bare step": round(bare / loop, 3),
-            **{part: round(x, 1) for part, x in ms.items()}, "rest of step": round(step - inside, 1),
+            **{part: round(x, 1) for part, x in ms.items()},
+            "rest of step": round(step - inside, 1),
             "rest of loop": round(total - step - ms["data"] - ms["augment"], 1),
             "GB": round(memory, 2)}
 
@@ -341,8 +330,9 @@ def side_by_side(options) -> None:
     for device in devices:
         width, batch = (0.25, 128) if device == "cpu" else (1.0, 512 if options.cifar else 128)
         width, batch = options.width or width, options.batch or batch
-        print(f"ResNet-18, width {width:g}, batch {batch}, 32 px, {device}; ms a step, one step in 27 "
-              "logged\n| script | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+        print(f"ResNet-18, width {width:g}, batch {batch}, 32 px, {device}; ms a step, one step in "
+              "27 logged\n| script | " + " | ".join(COLUMNS) + " |\n"
+              + "|---" * (len(COLUMNS) + 1) + "|")
         for name in SCRIPTS:
             row = json.loads(subprocess.run(
                 [sys.executable, __file__, "--row", name, str(width), str(batch),
@@ -353,7 +343,7 @@ def side_by_side(options) -> None:
 
 
 # The peer's settings: lightly's docs/source/getting_started/benchmarks/cifar10_benchmark.py (batch
-# 128: lr 0.06, SGD, momentum 0.9, weight decay 5e-4, SimCLR's crops and colours without blur, PIL,
+# 128: lr 0.06, SGD, momentum 0.9, weight decay 5e-4, SimCLR's crops and colors without blur, PIL,
 # float32), as flags of ours. Its BYOL loss is a quarter of the paper's sum, so that lr is too.
 PEER_FLAGS = ["--recipe", "cifar", "--batch-size", "128", "--base-lr", "0.12", "--momentum", "0.9",
               "--weight-decay", "5e-4", "--warmup-epochs", "0", "--crop-min", "0.08", "--jitter",
@@ -393,7 +383,8 @@ class Peer(torch.nn.Module):
         if method == "BYOL":
             self.head = heads.BYOLProjectionHead(dim, 1024, 256)
             self.predictor = heads.BYOLPredictionHead(256, 1024, 256)
-            self.target = copy.deepcopy(nn.Sequential(self.backbone, self.head)).requires_grad_(False)
+            self.target = copy.deepcopy(nn.Sequential(self.backbone, self.head))
+            self.target.requires_grad_(False)
 
     def step(self, optimizer, views) -> None:
         from lightly.models.utils import update_momentum
@@ -459,98 +450,11 @@ def peer(options) -> None:
             run = Watch(importlib.import_module(name), flags)
             return 128 * run.steps() / run.total
 
-        compare(f"{method}, ResNet-18, width {width:g}, batch 128", "images/s",
-                options.repeats, ours=ours, lightly=lambda: peer_training(method, width, images, 12)[1])
+        def lightly():
+            return peer_training(method, width, images, 12)[1]
 
-
-def peer_knn(options) -> None:
-    """kNN accuracy that each reaches in `--minutes` of wall time, in turn; --cifar FOLDER, please.
-
-    Each is given the steps that its own speed, measured just before, allows, and a schedule of that
-    length. Ours is the whole program, from reading the images to the last checkpoint; the peer's
-    time begins with its first batch. One function judges both: simsiam.py's kNN.
-    """
-    width, budget, images = options.width or 1.0, 60 * options.minutes, peer_images(options)
-    data_flags = ["--data", options.cifar or "demo", "--width", str(width)]
-    for method in options.methods:
-        name, extra = PEERS[method]
-        script = importlib.import_module(name)
-        args = arguments(*PEER_FLAGS, *extra, *data_flags, "--epochs", "1", script=script)
-        args.knn_every, per_epoch = 1, len(images) // 128
-
-        def knn(encoder, args=args, script=script):
-            with contextlib.redirect_stdout(io.StringIO()):
-                data = script.load_data(args)
-                if not new_form(script):
-                    return 100 * script.knn_monitor(encoder, data, 1, args)["knn"]
-            found = (script.features(encoder, x, args) for x in (data.bank, data.val))
-            return 100 * common.knn_accuracy(*sum(found, ()), args.knn_k, args.knn_temperature)
-
-        untrained = script.build_encoder(args)
-        run = Watch(script, [*PEER_FLAGS, *extra, *data_flags, "--steps", "12"])
-        rate = {"ours": 128 * run.steps() / run.total,
-                "lightly": peer_training(method, width, images, 12)[1]}
-        epochs = max(1, int(0.97 * budget * rate["ours"] / 128 / per_epoch))  # 3 %: saving, reading
-        with tempfile.TemporaryDirectory() as out:
-            began = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                assert script.main([*PEER_FLAGS, *extra, *data_flags, "--epochs", str(epochs),
-                                    "--out", out]) == 0
-            seconds = time.perf_counter() - began
-            encoder = script.build_encoder(args)
-            encoder.load_state_dict(torch.load(os.path.join(out, "encoder.pt")))
-        print(f"{method}, width {width:g}: untrained {knn(untrained):.1f} %; ours {knn(encoder):.1f} % "
-              f"after {epochs * per_epoch} steps, {seconds:.0f} s;", end=" ", flush=True)
-        model, _, seconds = peer_training(method, width, images,
-                                          max(1, int(budget * rate["lightly"] / 128)))
-        print(f"lightly {knn(model.backbone):.1f} % after {int(budget * rate['lightly'] / 128)} steps, "
-              f"{seconds:.0f} s", flush=True)
-
-
-BESIDE = """
-import statistics, sys, time
-sys.path.insert(0, ".")
-import byol, common, simsiam, torch
-
-def ms(function):
-    seconds = []
-    for _ in range(25):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return 1000 * statistics.median(seconds[3:])
-
-def arguments(script, *flags):  # older scripts have no settle
-    args = script.parse_args(["--recipe", "cifar", *flags])
-    return script.settle(args) if hasattr(script, "settle") else args
-
-args = arguments(simsiam)
-torch.manual_seed(0)
-x, u = torch.rand(256, 3, 32, 32), torch.rand(256, 12, dtype=torch.float64)
-print(ms(lambda: simsiam.augment(x, u, args)))
-for width in (0.25, 1.0):
-    args = arguments(byol, "--width", str(width))
-    model = byol.BYOL(byol.build_encoder(args), args.dim, args.hidden_dim)
-    params = [p for p in model.parameters() if p.requires_grad]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    print(ms(common.LARS(params, lr=0.1, weight_decay=1e-6).step))
-"""
-
-
-def beside_the_network(options) -> None:
-    """What stood out beside the network, here and in another checkout of this repository."""
-    titles = ("second stage of 256 views, 32 px", "LARS on BYOL's tensors, width 0.25",
-              "LARS on BYOL's tensors, width 1")
-    found = {"now": [], "before": []}
-    for _ in range(3):
-        for name, folder in (("now", ROOT), ("before", options.before)):
-            found[name].append(subprocess.run([sys.executable, "-c", BESIDE], cwd=folder, check=True,
-                                              capture_output=True, text=True).stdout.split())
-    for i, title in enumerate(titles):
-        now, before = (statistics.median(float(run[i]) for run in found[name]) for name in found)
-        print(f"{title}: now {now:.2f} ms, before {before:.2f} ms, ratio {before / now:.2f}",
-              flush=True)
+        compare(f"{method}, ResNet-18, width {width:g}, batch 128", "images/s", options.repeats,
+                ours=ours, lightly=lightly)
 
 
 class LoopLARS(torch.optim.Optimizer):
@@ -593,48 +497,12 @@ def lars() -> None:
         compare(f"LARS on ResNet-50's 161 tensors, {device}", "steps/s", **rates)
 
 
-class LoopLAMB(torch.optim.Optimizer):
-    """moco_v3.LAMB's arithmetic, parameter by parameter."""
-
-    def __init__(self, params, lr, weight_decay, betas=(0.9, 0.999), eps=1e-6):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, a=torch.zeros_like(p), b=torch.zeros_like(p))
-                state["step"] += 1
-                a = state["a"].lerp_(p.grad, 1 - b1)
-                b = state["b"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                update = (a / (1 - b1**state["step"])) / (
-                    (b / (1 - b2**state["step"])).sqrt() + group["eps"])
-                if p.ndim > 1:
-                    update = update.add(p, alpha=group["weight_decay"])
-                    w, u = p.norm(), update.norm()
-                    update = update * torch.where((w > 0) & (u > 0), w / u, 1.0)
-                p.add_(update, alpha=-group["lr"])
-
-
-def lamb_and_ema() -> None:
+def ema() -> None:
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         def wait(function):
             function()
             if device == "cuda":
                 torch.cuda.synchronize()
-
-        rates = {}
-        for name, kind in (("foreach", moco_v3.LAMB), ("loop", LoopLAMB)):
-            model = common.vit("small").to(device)
-            params = [p for p in model.parameters() if p.requires_grad]
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer = kind(params, lr=1e-4, weight_decay=1e-3)
-            rates[name] = lambda step=optimizer.step: rate(lambda: wait(step), 1, seconds=2)
-        compare(f"LAMB on ViT-S's {len(params)} tensors, {device}", "steps/s", **rates)
 
         online, target = ([*common.vit("small").to(device).parameters()] for _ in range(2))
 
@@ -669,9 +537,9 @@ def big_networks() -> None:
         for title, script in (("SimSiam, ResNet-50", simsiam), ("MoCo v3, ViT-S/16", moco_v3)):
             args = arguments("--recipe", "imagenet", "--batch-size", str(batch), "--device", device,
                              script=script)
-            encoder, prepare = encoder_and_prepare(script, args)
+            encoder = new_encoder(script, args)
             model = (simsiam.SimSiam if script is simsiam else moco_v3.MoCoV3)(encoder)
-            net, optimizer = prepare(model, args), script.build_optimizer(model, args)
+            net, optimizer = script.distribute(model, args), script.build_optimizer(model, args)
             views, more = torch.randn(2, batch, 3, 224, 224, device=device), ()
             if script is moco_v3:
                 more = (0.99,)  # the momentum of the update
@@ -686,14 +554,14 @@ def big_networks() -> None:
                 step()
             seconds = (time.perf_counter() - began) / repeats
             print(f"{title}, 224 px, batch {batch}, {device}: {batch / seconds:.4g} images/s, "
-                  f"{counter.get_total_flops() / seconds / peak:.2f} of the {peak / 1e12:.3g} TFLOP/s "
-                  f"of a product of {n}", flush=True)
+                  f"{counter.get_total_flops() / seconds / peak:.2f} of the {peak / 1e12:.3g} "
+                  f"TFLOP/s of a product of {n}", flush=True)
 
 
 def main() -> None:
     torch.set_num_threads(os.cpu_count())  # conftest.py takes one
-    plain = (augmentation_at_32_px, lars, lamb_and_ema, precision, big_networks)
-    with_options = (side_by_side, folder_loader, beside_the_network, peer, peer_knn)
+    plain = (augmentation_at_32_px, lars, ema, precision, big_networks)
+    with_options = (side_by_side, folder_loader, peer)
     parts = {function.__name__: function for function in (*with_options, *plain)}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -703,10 +571,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="of side_by_side")
     parser.add_argument("--repeats", type=int, default=2, help="of peer")
     parser.add_argument("--methods", nargs="+", choices=PEERS, default=[*PEERS], help="of the peer")
-    parser.add_argument("--minutes", type=float, default=5, help="of peer_knn, a side and a method")
     parser.add_argument("--only", nargs="+", choices=parts, help="default: what needs no more",
                         default=["side_by_side", "folder_loader", *(f.__name__ for f in plain)])
-    parser.add_argument("--before", help="another checkout, for beside_the_network")
     parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)  # side_by_side calls itself
     options = parser.parse_args()
     if options.row:

@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def as_it_was():
     """main() takes over signals; a test that ran it within this process gives them back."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGCHLD", None))
-               if number]
+    names = ("SIGTERM", "SIGINT", "SIGCHLD")  # the last one is not on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = [(number, signal.getsignal(number)) for number in numbers]
     yield
     for number, handler in before:
@@ -86,13 +86,14 @@ def classes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("classes")
     for split, n in (("train", 16), ("val", 4)):
         for k, name in enumerate(("ant", "bee", "cat")):
-            write_images(root / split / name, n, seed=10 * k + len(split), size=(16, 16), kind="png")
+            seed = 10 * k + len(split)
+            write_images(root / split / name, n, seed=seed, size=(16, 16), kind="png")
     return root
 
 
 class Forked:
-    """A child of this very process, which has torch loaded already, in place of a new one that would
-    take seconds to load it; with as much of subprocess.Popen as is needed here."""
+    """A child of this process, which has loaded torch already (a new one would take seconds), with
+    as much of subprocess.Popen as is needed here."""
 
     def __init__(self, work, env: dict[str, str]):
         """work(): what the child does; it gives the exit code."""
@@ -213,7 +214,7 @@ def kill_at_step(step: int, script: str, *args, out: Path, **how) -> int:
     wait_for_step(out / "log.jsonl", step, running)
     send(running, signal.SIGKILL)
     finish(running)
-    return saved_step(out)
+    return torch.load(out / "last.pt")["step"]
 
 
 def program(method):
@@ -255,18 +256,6 @@ def assert_close_runs(a: Path, b: Path, steps: int, *names: str) -> None:
         one, two = ([line[name] for line in records(out)] for out in (a, b))
         assert len(one) == steps and one == pytest.approx(two, rel=0, abs=1e-10), name
     torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=1e-10)
-
-
-def assert_one_sentence(capsys, sentence: str) -> None:
-    """All that a user's mistake is told."""
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error, error
-
-
-def saved_step(out: Path) -> int:
-    """The step that a killed run will go on from; it may have died between two renames."""
-    last = out / "last.pt"
-    return torch.load(last if last.exists() else out / "previous.pt")["step"]
 
 
 def send(running: list, number: signal.Signals) -> None:

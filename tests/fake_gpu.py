@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CIFAR = "--data demo --recipe cifar --batch-size 512 --epochs 1"
 SHORT = f"{CIFAR} --steps 3 --knn-every 0"
 LINEAR = f"linear --init none {SHORT}"
+FINETUNE = f"finetune --init none {SHORT} --labels 0.5"
+NO_WARMUP = "--warmup-epochs 0"
 PHOTOS = "--data PHOTOS --recipe imagenet --batch-size 8 --epochs 1 --workers 0"  # PHOTOS: a folder
 RUNS = {  # title: script, flags. "of N processes": as rank 0 of N, whose collectives do nothing
     "simsiam": ("simsiam", CIFAR),  # a whole epoch, with kNN before and after it
@@ -40,7 +42,21 @@ RUNS = {  # title: script, flags. "of N processes": as rank 0 of N, whose collec
     "simsiam linear larc": ("simsiam", f"{LINEAR} --optimizer larc"),
     "simsiam linear of 4 processes": ("simsiam", LINEAR),
     "simsiam planted": ("simsiam", SHORT),  # with waits, to see that they are told
-    "dcl": ("dcl", CIFAR),
+    "byol": ("byol", f"{SHORT} {NO_WARMUP} --beta 1"),
+    "byol linear": ("byol", LINEAR),
+    "byol finetune": ("byol", FINETUNE),
+    "moco_v3": ("moco_v3", f"{SHORT} {NO_WARMUP}"),  # ViT-tiny
+    "moco_v3 learned, clipped":
+        ("moco_v3", f"{SHORT} {NO_WARMUP} --patch-projection learned --clip-patch-grad 1"),
+    "moco_v3 ResNet": ("moco_v3", f"{SHORT} {NO_WARMUP} --recipe cifar-resnet"),
+    "moco_v3 linear": ("moco_v3", LINEAR),
+    "simclr_v2": ("simclr_v2", f"{SHORT} {NO_WARMUP}"),
+    "simclr_v2 queue": ("simclr_v2", f"{SHORT} {NO_WARMUP} --queue 2048"),
+    "simclr_v2 linear": ("simclr_v2", LINEAR),
+    "simclr_v2 finetune": ("simclr_v2", FINETUNE),
+    "simclr_v2 distill": (
+        "simclr_v2", f"distill --teacher TEACHER {SHORT} {NO_WARMUP} --alpha 0.5 --labels 0.5"),
+    "dcl": ("dcl", SHORT),
     "dcl queue": ("dcl", f"{SHORT} --queue 512 --loss infonce"),
     "dcl dclw": ("dcl", f"{SHORT} --loss dclw"),
 }
@@ -190,6 +206,19 @@ def launches(name: str, func, args) -> int:
     return not (func.is_view or "empty" in name or name in ("_unsafe_view", "prim::device"))
 
 
+def attention(q, k, v):
+    """In bfloat16, as on a GPU. Without one torch would choose the formula, in eight launches."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def real(function):
+    """function() without the modes above: what it makes is on the CPU, with numbers."""
+    def call(*args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return function(*args, **kwargs)
+    return call
+
+
 def planted(step):
     """train_step() with a read, a blocking copy, a large copy, and an index on the host."""
     def call(*args):
@@ -218,7 +247,8 @@ def run(title: str, module, argv: list[str]) -> dict:
                set_device=lambda d: None, current_device=lambda: 0, _lazy_init=lambda: None,
                get_device_name=lambda *a: "fake", get_device_capability=lambda *a: (9, 0),
                is_bf16_supported=lambda *a: True, is_current_stream_capturing=lambda: False)
-        change(torch, save=lambda state, file: file.write(b"fake"))
+        change(torch, save=lambda state, file: file.write(b"fake"), load=real(torch.load))
+        change(torch.nn.functional, scaled_dot_product_attention=attention)
         change(torch.nn.Module, _apply=move_once)
         change(torch.Tensor, backward=watch.during("backward")(backward))
         change(module, augment=watch.during("augment")(module.augment),
@@ -251,10 +281,16 @@ def main(titles: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("train/a", "train/b", "val/a", "val/b"):
             write_images(Path(folder, "photos", part), 12)
+        import simclr_v2
+        args = simclr_v2.settle(simclr_v2.parse_args("--data demo --recipe cifar".split()))
+        encoder = simclr_v2.build_encoder(args)
+        teacher = simclr_v2.task_network(encoder, torch.nn.Sequential(), 10).state_dict()
+        torch.save({"config": args.config, "model": teacher}, f"{folder}/teacher")
         for title in titles:
             script, flags = RUNS[title]
-            argv = [*flags.replace("PHOTOS", f"{folder}/photos").split(), "--device", "cuda",
-                    "--out", f"{folder}/{title}"]
+            flags = flags.replace("PHOTOS", f"{folder}/photos")
+            flags = flags.replace("TEACHER", f"{folder}/teacher")
+            argv = [*flags.split(), "--device", "cuda", "--out", f"{folder}/{title}"]
             found = run(title, importlib.import_module(script), argv)
             print(f"{title}: {json.dumps(found)}", flush=True)
 

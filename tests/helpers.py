@@ -9,18 +9,10 @@ from torch import nn
 DOUBLE = torch.float64
 
 
-def ready(method, *flags, dtype=DOUBLE, precision="fp64"):
-    """A script's arguments, parsed, checked, and made ready for a step on this machine's CPU."""
-    args = method.parse_args([*map(str, flags), "--precision", precision])
-    args.device, args.dtype, args.initial = torch.device("cpu"), dtype, None
-    method.check(args)
-    return args
-
-
 def settled(method, *flags, precision="fp64", dtype=DOUBLE):
     """A script's settings for this command line, ready for a step on this machine's CPU."""
-    words = [*map(str, flags), "--precision", precision]
-    args = method.settle(method.parse_args(words))
+    words = [word for flag in flags for word in str(flag).split()]
+    args = method.settle(method.parse_args([*words, "--precision", precision]))
     args.device, args.dtype = torch.device("cpu"), dtype
     return args
 

@@ -9,7 +9,8 @@ from conftest import program, records
 import byol
 import simsiam
 
-RUNS = {"healthy": [], "no stop-gradient": ["--no-stop-grad"], "no predictor": ["--predictor", "none"]}
+RUNS = {"healthy": [], "no stop-gradient": ["--no-stop-grad"],
+        "no predictor": ["--predictor", "none"]}
 
 
 def train(script, steps, out, flags):

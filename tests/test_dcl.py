@@ -384,12 +384,13 @@ def test_rate_rises_linearly_then_falls_as_half_a_cosine_by_the_flags():
         assert (group["momentum"], group["weight_decay"]) == (0.7, 0.02)
 
 
-# -------------------------------------------------------------------------------- network and recipes
+# ------------------------------------------------------------------------------ network and recipes
 
 
 @pytest.mark.parametrize("flags, path, shape", [
     ("", "conv1", (64, 3, 7, 7)), ("--small-images", "conv1", (64, 3, 3, 3)),
-    ("--arch resnet18", "layer4.1.conv2", (512, 512, 3, 3)), ("--width 0.5", "conv1", (32, 3, 7, 7))])
+    ("--arch resnet18", "layer4.1.conv2", (512, 512, 3, 3)),
+    ("--width 0.5", "conv1", (32, 3, 7, 7))])
 def test_encoder_is_the_one_of_the_flags(flags, path, shape):
     for more, zero in (("--zero-init-residual", True), ("--no-zero-init-residual", False)):
         encoder = dcl.build_encoder(parse("--recipe", "imagenet", *flags.split(), more))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import (
     assert_close_runs, assert_same_weights, kill_at_step, losses, program, records, run)
-from test_copies import NEW as SCRIPTS
+from test_copies import SCRIPTS
 
-COMMON = ("--recipe demo --image-size 16 --batch-size 16 --workers 0 --precision fp32 --knn-every 0 "
-          "--log-every 1 --epochs 6 --device cpu")  # 48 images: 3 steps an epoch
+COMMON = ("--recipe demo --image-size 16 --batch-size 16 --workers 0 --precision fp32 --epochs 6 "
+          "--knn-every 0 --log-every 1 --device cpu")  # 48 images: 3 steps an epoch
 FLAGS = {
     "simsiam.py": "--width 0.125 --dim 16 --predictor-dim 8",
     "dcl.py": "--width 0.125 --dim 16 --hidden-dim 32 --loss infonce --queue 32",

@@ -1,4 +1,4 @@
-"""A run as a whole: on 1, 2 and 4 processes, killed, stopped, resumed, and what it leaves behind."""
+"""A whole run: on 1, 2 and 4 processes, killed, stopped, resumed, and what it leaves behind."""
 
 import json
 import os
@@ -267,7 +267,8 @@ def test_without_fcntl_and_affinity_as_on_windows_and_macos(classes, tmp_path, m
     monkeypatch.setitem(sys.modules, "fcntl", None)  # import fcntl: ImportError
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(signal, "SIGCHLD", raising=False)
-    assert main(*TINY, "--data", classes, "--image-size", "16", "--out", tmp_path, "--steps", 1) == 0
+    args = [*TINY, "--data", classes, "--image-size", "16", "--steps", 1]
+    assert main(*args, "--out", tmp_path) == 0
 
 
 def test_the_loader_can_be_sent_to_a_spawned_worker(photos):
