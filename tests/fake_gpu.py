@@ -40,7 +40,6 @@ RUNS = {  # title: script, flags. "of N processes": as rank 0 of N, whose collec
     "simsiam of 4 processes": ("simsiam", SHORT),
     "simsiam linear": ("simsiam", LINEAR),
     "simsiam linear larc": ("simsiam", f"{LINEAR} --optimizer larc"),
-    "simsiam linear of 4 processes": ("simsiam", LINEAR),
     "simsiam planted": ("simsiam", SHORT),  # with waits, to see that they are told
     "byol": ("byol", f"{SHORT} {NO_WARMUP} --beta 1"),
     "byol linear": ("byol", LINEAR),
@@ -58,7 +57,6 @@ RUNS = {  # title: script, flags. "of N processes": as rank 0 of N, whose collec
         "simclr_v2", f"distill --teacher TEACHER {SHORT} {NO_WARMUP} --alpha 0.5 --labels 0.5"),
     "dcl": ("dcl", SHORT),
     "dcl queue": ("dcl", f"{SHORT} --queue 512 --loss infonce"),
-    "dcl dclw": ("dcl", f"{SHORT} --loss dclw"),
 }
 STEADY = 1  # the step, counted from 0, that is told; the first and the last one log
 SHIM = "FAKE_GPU_SHIM"  # environment variable: the shim's folder

@@ -644,7 +644,8 @@ def test_q_in_the_log_is_the_mean_of_the_steps_since_the_line_before(classes, tm
 
 @pytest.mark.parametrize("queue, anchors", [(0, 192), (96, 96)])
 def test_histograms_cover_the_last_4096_anchors_or_more(queue, anchors, tmp_path):
-    main(*SMALL, "--batch-size", 96, "--queue", queue, "--epochs", 2, "--out", tmp_path)
+    flags = ["--batch-size", 96, "--queue", queue, "--epochs", 2, "--log-every", 50]
+    main(*SMALL, *flags, "--out", tmp_path)
     lines = records(tmp_path, "q_histogram")
     assert [(line["step"], line["share"]) for line in lines] == [
         (1, 0.01), (8, 0.1), (41, 0.5), (82, 1)]

@@ -26,7 +26,7 @@ RUNS = {
     "simsiam, small images in a folder":
         "simsiam.py --data FOLDER --recipe demo --batch-size 16 --epochs 8",
     "simsiam without stop-gradient": "simsiam.py --epochs 3 --no-stop-grad",
-    "byol": "byol.py --batch-size 100 --base-tau 0.8 --warmup-epochs 1",
+    "byol": "byol.py --batch-size 32 --base-tau 0.8 --warmup-epochs 1",
     "byol, blur and solarization, small images in a folder":
         "byol.py --data FOLDER --recipe demo --batch-size 16 --base-tau 0.8 --warmup-epochs 1 "
         "--epochs 8 --blur-prob 1 0.1 --solarize-prob 0 0.2",
@@ -40,14 +40,14 @@ RUNS = {
     "moco_v3, learned patch projection": "moco_v3.py --patch-projection learned --batch-size 20 "
                                          f"--clip-patch-grad 0.01 {MOCO}",
     "moco_v3, ViT-BN": f"moco_v3.py --mlp-norm batch --batch-size 20 {MOCO}",
-    "simclr_v2": "simclr_v2.py --epochs 3 --base-lr 0.2",
+    "simclr_v2": "simclr_v2.py --epochs 3 --base-lr 0.2 --batch-size 32",
     "simclr_v2 with a memory": "simclr_v2.py --epochs 3 --base-lr 0.2 --batch-size 16 --queue 128",
     "simclr_v2 with selective kernels": "simclr_v2.py --epochs 3 --sk --arch resnet50 --width 0.25 "
                                         "--batch-size 8 --base-lr 0.05",
     "simclr_v2 with v1's head and lr": "simclr_v2.py --epochs 3 --head-layers 2 --lr-rule linear "
                                        "--batch-size 16 --base-lr 0.3 --blur-prob 0.5",
     "simclr_v2 finetune": "simclr_v2.py finetune --init none --data demo --labels 0.02",
-    "dcl": "dcl.py --epochs 3",
+    "dcl": "dcl.py --epochs 3 --batch-size 32",
     "dclw": "dcl.py --epochs 3 --loss dclw --batch-size 16",
     "dcl queue": "dcl.py --epochs 3 --loss infonce --queue 64 --batch-size 16",
 }

@@ -59,7 +59,7 @@ def whole(photos, tmp_path_factory):
 # ------------------------------------------------------------------------------- kills and signals
 
 
-@pytest.mark.parametrize("processes, workers", [(0, 0), (0, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize("processes, workers", [(0, 2), (2, 2)])
 def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(
         processes, workers, photos, whole, tmp_path):
     args = ["--data", photos, *LONG, "--workers", workers]
@@ -120,11 +120,9 @@ def test_a_pause_changes_nothing(photos, whole, tmp_path, capsys):
 # ------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("data", ["demo", "photos"])
-def test_two_and_four_processes_are_the_same_run_as_one(data, photos, tmp_path):
-    args = ["--data", photos if data == "photos" else data, *TINY, "--image-size", "32",
-            "--batch-size", "40", "--epochs", "12", "--steps", "12", "--log-every", "1",
-            "--precision", "fp64"]
+def test_two_and_four_processes_are_the_same_run_as_one(photos, tmp_path):
+    args = ["--data", photos, *TINY, "--image-size", "32", "--batch-size", "40", "--epochs", "12",
+            "--steps", "12", "--log-every", "1", "--precision", "fp64"]
     for processes in (0, 2, 4):
         start_again(processes, *args, "--out", tmp_path / str(processes))
     for processes in (2, 4):
