@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, cross_entropy
 
 import common
 from common import (
-    LARS, SyncBatchNorm, all_gather, demo_images, draws, gather_with_grad, generator, knn_accuracy,
-    resnet, sync_batch_norm, to_device)
+    LARS, SelectiveKernel, ShortcutPool, SyncBatchNorm, all_gather, demo_images, draws,
+    gather_with_grad, generator, knn_accuracy, resnet, sync_batch_norm, to_device)
 from conftest import on_ranks
 from helpers import DOUBLE, Gather, count, furthest
 
@@ -127,6 +127,109 @@ def test_what_no_resnet_has_is_an_error(error, args):
     with pytest.raises(error):
         resnet(*args)
     assert resnet(50, 0.125).conv1.out_channels == 8  # the minimum
+
+
+# ---------------------------------------------------- selective kernels, as in SimCLR v2's code
+
+
+def randomized(model, seed=0):
+    """Fresh batch norms are nearly the identity, which would hide a wrong one: move them off it."""
+    g = torch.Generator().manual_seed(seed)
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and t.ndim == 1:
+            low = -0.2 if name.endswith(("bias", "running_mean")) else 0.5
+            t.copy_(torch.rand(t.shape, generator=g, dtype=t.dtype) * (1 if low > 0 else 0.4) + low)
+    return model
+
+
+def normals(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("depth, width, size, millions", [  # SimCLR v2, Table 1
+    (50, 1, 35_215_584, 35), (50, 2, 140_306_048, 140), (101, 1, 64_662_304, 65),
+    (101, 2, 257_132_224, 257), (152, 1, 88_940_896, 89), (152, 2, 353_398_528, 354),
+    (152, 3, 794_704_160, 795)])
+def test_networks_with_selective_kernels_have_the_papers_sizes(depth, width, size, millions):
+    net = on_meta(resnet, depth, width, 0.0625)
+    running = sum(x.numel() for name, x in net.named_buffers() if "running" in name)
+    assert count(net, True) == size and round((size + running) / 1e6) == millions
+
+
+def bn(y, norm, batch=False):
+    mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
+    return nn.functional.batch_norm(y, mean, var, norm.weight, norm.bias, training=batch)
+
+
+def slow_kernel(kernel, x, stride, training=False, mistake=""):
+    """u1, u2 by one convolution, mixed by a softmax over the two branches for each channel."""
+    f = x.shape[1]
+    u = bn(conv2d(x, kernel.conv.weight, stride=stride, padding=1), kernel.bn, training)
+    u = u if mistake == "no ReLU before the mix" else u.clamp(min=0)
+    u = (u[:, ::2], u[:, 1::2]) if mistake == "branches interleaved" else (u[:, :f], u[:, f:])
+    s = conv2d((u[0] + u[1]).mean((2, 3), keepdim=True), kernel.squeeze.weight)
+    s = bn(s, kernel.squeeze_bn, training)
+    s = conv2d(s if mistake == "no ReLU in the gate" else s.clamp(min=0), kernel.select.weight)
+    one, two = s[:, :f], s[:, f:]
+    total = one.exp() + two.exp()
+    one, two = {"softmax over channels": (one.softmax(1), two.softmax(1)), "even mix": (0.5, 0.5),
+                "sigmoids": (one.sigmoid(), two.sigmoid())}.get(
+                    mistake, (one.exp() / total, two.exp() / total))
+    return one * u[0] + two * u[1]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_selective_kernel_equals_its_formula(stride):
+    for f, ratio, m in ((64, 0.0625, 32), (40, 0.9, 36), (600, 0.0625, 37)):  # m: 32 at the least
+        kernel = on_meta(SelectiveKernel, f, stride, ratio)
+        assert kernel.squeeze.weight.shape == (m, f, 1, 1)  # no bias, no third norm:
+        assert count(kernel, True) == 18 * f * f + 4 * f + 3 * f * m + 2 * m
+    kernel = randomized(SelectiveKernel(8, stride, 0.0625).to(DOUBLE))
+    x = normals(3, 8, 6, 6, seed=1).requires_grad_()
+    for training in (True, False):
+        expected, ours = slow_kernel(kernel, x, stride, training), kernel.train(training)(x)
+        assert ours.shape == (3, 8, 6 // stride, 6 // stride)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
+        ascent, inputs = normals(*ours.shape, seed=2), [x, *kernel.parameters()]
+        found, theirs = (torch.autograd.grad((y * ascent).sum(), inputs) for y in (ours, expected))
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-9)
+        assert min(g.abs().max() for g in found) > 1e-6
+    for wrong in ("no ReLU before the mix", "branches interleaved", "no ReLU in the gate",
+                  "softmax over channels", "sigmoids", "even mix"):
+        assert (kernel(x) - slow_kernel(kernel, x, stride, mistake=wrong)).abs().max() > 1e-3, wrong
+
+
+def slow_pool(x, stride):
+    """Stride 1: "SAME", padded cells are not counted. Stride 2: zeros at the end count."""
+    height, width = x.shape[2:]
+    out = x.new_zeros(*x.shape[:2], -(-height // stride), -(-width // stride))
+    for i in range(out.shape[2]):
+        for j in range(out.shape[3]):
+            cells = x[:, :, i * stride:i * stride + 2, j * stride:j * stride + 2]
+            out[:, :, i, j] = cells.sum((2, 3)) / (4 if stride == 2 else cells[0, 0].numel())
+    return out
+
+
+@pytest.mark.parametrize("stride, layer", [(1, "layer1"), (2, "layer2")])
+def test_networks_with_selective_kernels_are_resnet_d(stride, layer):
+    for size in ((6, 6), (7, 7), (5, 8), (1, 1)):
+        x = normals(2, 3, *size) + 1
+        assert (ShortcutPool(stride)(x) - slow_pool(x, stride)).abs().max() < 1e-12
+    net = randomized(resnet(50, 0.1875, sk_ratio=0.0625).to(DOUBLE)).eval()
+    block = getattr(net, layer)[0]
+    x = normals(2, block.conv1.in_channels, 6, 6)
+    y = slow_kernel(block.conv2, bn(conv2d(x, block.conv1.weight), block.bn1).relu(), stride)
+    y = bn(conv2d(y, block.conv3.weight), block.bn3)  # neither norm nor ReLU between
+    y = y + bn(conv2d(slow_pool(x, stride), block.downsample[1].weight), block.downsample[2])
+    torch.testing.assert_close(block(x), y.relu(), rtol=0, atol=1e-10)
+    kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d]
+    assert [type(x) for x in net.conv1] == kinds
+    assert [(x.stride[0], x.out_channels) for x in net.conv1[::3]] == [(2, 6), (1, 6), (1, 12)]
+    assert net(normals(2, 3, 32, 32)).shape == (2, 384)
+    small = resnet(50, 0.125, sk_ratio=0.0625, small_images=True, zero_init_residual=True)
+    assert small.conv1.weight.shape == (8, 3, 3, 3) and small.conv1.stride == (1, 1)
+    norms = {name: p for name, p in small.named_parameters() if "bn3.weight" in name}
+    assert len(norms) == 16 and not any(p.any() for p in norms.values())
 
 
 # --------------------------------------------------------------------------------- LARS
