@@ -137,7 +137,7 @@ CIFAR = Pretrain(  # authors' code for Imagenette; no blur: solo-learn; stem: li
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 DEMO = dataclasses.replace(  # the CIFAR recipe, shrunk to run in a minute on two CPU cores: ours
     CIFAR, arch="resnet10", width=0.25, patch_size=8, hidden_dim=512, dim=128, output_bn=True,
-    epochs=3, batch_size=96, warmup_epochs=0.5, base_tau=0.9, crop_min=0.4,
+    epochs=3, batch_size=32, base_lr=4.0, warmup_epochs=0.5, base_tau=0.9, crop_min=0.4,
     solarize_prob=(0.0, 0.0), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 PRETRAIN = {
     "imagenet": Pretrain(), "imagenet-300": IMAGENET_300,

@@ -208,7 +208,7 @@ def five() -> None:
     """kNN of the five methods on the same images with the same network and batch, and at home: on the
     built-in images, each with its own recipe."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
-    for axis, place, title in zip(axes, ("five/{}.jsonl", "{}-demo.jsonl"), (
+    for axis, place, title in zip(axes, ("five/{}.jsonl", "demo/{}-seed0.jsonl"), (
             "CIFAR-10 JPEG, 10,000 images, ResNet-18 at width 0.25, batch 64",
             "built-in images, each script's demo")):
         for name, label, colour in FIVE:

@@ -77,7 +77,7 @@ class Tiny(nn.Module):
 
 
 class Gather(torch.autograd.Function):
-    """The gradient is the sum over processes, or a mistake that people made (users.md, B2)."""
+    """The gradient is the sum over processes, or a mistake that other implementations made."""
 
     @staticmethod
     def forward(ctx, x, which):

@@ -26,11 +26,12 @@ RUNS = {
     "simsiam, small images in a folder":
         "simsiam.py --data FOLDER --recipe demo --batch-size 16 --epochs 8",
     "simsiam without stop-gradient": "simsiam.py --epochs 3 --no-stop-grad",
-    "byol": "byol.py --batch-size 32 --base-tau 0.8 --warmup-epochs 1",
+    "byol": "byol.py --batch-size 32 --base-tau 0.8 --warmup-epochs 1 --base-lr 2",
     "byol, blur and solarization, small images in a folder":
         "byol.py --data FOLDER --recipe demo --batch-size 16 --base-tau 0.8 --warmup-epochs 1 "
-        "--epochs 8 --blur-prob 1 0.1 --solarize-prob 0 0.2",
-    "byol with negatives": "byol.py --batch-size 20 --base-tau 0.8 --warmup-epochs 1 --beta 1",
+        "--epochs 8 --blur-prob 1 0.1 --solarize-prob 0 0.2 --base-lr 2",
+    "byol with negatives":
+        "byol.py --batch-size 20 --base-tau 0.8 --warmup-epochs 1 --beta 1 --base-lr 2",
     "byol, ViT": "byol.py --batch-size 20 --base-tau 0.8 --warmup-epochs 1 --arch vit_mini "
                  "--patch-size 8 --optimizer adamw --base-lr 1e-3 --weight-decay 0.03",
     "byol finetune": "byol.py finetune --init none --data demo --batch-size 20 --base-lr 0.5",
