@@ -486,7 +486,8 @@ def test_the_log_has_the_monitors_of_the_online_network_and_its_target(pretraine
                                                            rel=1e-4)
     assert first["target_distance"] == 0 and first["std"] > 0.5 and first["z_norm"] > 0  # lr 0
     assert 2.5 < first["loss"] < 5.5 and 1 < first["rank"] < 16
-    base = byol.RECIPES["pretrain"]["demo"].base_tau ** (16 / 96)
+    demo = byol.RECIPES["pretrain"]["demo"]
+    base = demo.base_tau ** (16 / demo.batch_size)
     assert [x["tau"] for x in (first, *rest)] == [ema_tau(k, 6, base) for k in range(6)]
 
 
