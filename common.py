@@ -508,6 +508,8 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
 
 # -------------------------------------------------------------------------------- image operations
 
+GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+
 
 def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
                flip_prob: float = 0.5) -> tuple[Tensor, ...]:
@@ -553,27 +555,17 @@ def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
     return rows[:, None] @ x @ columns[:, None].mT
 
 
-def gray(x: Tensor) -> Tensor:
-    """torchvision's weights."""
-    return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
-
-
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Rotates the hue by a fraction of the color circle, through HSV. shift [B, 1, 1, 1]."""
+    """Rotates the hue of x [B, 3, P] by a fraction of the circle, -0.5 to 0.5. shift [B, 1, 1]"""
     r, g, b = x.unbind(dim=1)  # minima and maxima sort the channels: faster than torch.where
     low, high, sector = torch.minimum(g, b), torch.maximum(g, b), (g < b).to(x.dtype).mul_(-6)
     sector -= (2 + 2 * sector).mul_(r < high)
     value, middle = torch.maximum(r, high), torch.minimum(r, high)
     chroma = value - torch.minimum(middle, low)
     hue = middle.sub_(low).div_(chroma.clamp(min=1e-12)).add_(sector).abs_() / 6 + shift[:, 0]
-    k = torch.stack([hue + 3 / 6, hue + 1 / 6, hue - 1 / 6], dim=1)
-    k = k.sub_(k.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
-    return value[:, None] - k.mul_(chroma[:, None])
-
-
-def where(mask: Tensor, x: Tensor) -> Tensor:
-    """Indices of the true entries of a CPU mask, on x's device; needs no GPU synchronization."""
-    return to_device(mask.nonzero()[:, 0], x.device)
+    k = torch.stack([hue + 9 / 6, hue + 7 / 6, hue + 5 / 6], dim=1)
+    k = k.frac_().sub_(0.5).abs_().mul_(6).sub_(1).clamp_(0, 1)
+    return torch.addcmul(value[:, None], k, chroma[:, None], value=-1)
 
 
 def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
@@ -581,30 +573,36 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     x [B, 3, S, S] in [0, 1]. u [B, 9]: whether, the four strengths, the places in the order."""
     # On a CPU half a million numbers at a time, which stay in its cache.
     n = max(1, 2**19 // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return torch.cat([jitter(*part, strength, prob) for part in zip(x.split(n), u.split(n))])
+    x = x.clone()
+    for part in zip(x.split(n), u.split(n)):
+        jitter_(*part, strength, prob)
+    return x
 
 
-def jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
-    """color_jitter of all images at once. They are sorted by the hue's place among the operations:
-    then those with another operation at some place before it, or after it, lie side by side."""
+def jitter_(x: Tensor, u: Tensor, strength: tuple, prob: float) -> None:
+    """color_jitter of all images at once, in place. They are sorted by the hue's place among the
+    operations: those with another one at some place before it, or after it, lie side by side."""
     i = (u[:, 0] < prob).nonzero()[:, 0]
     order = u[i, 5:9].argsort(dim=1)  # 0: brightness, 1: contrast, 2: saturation, 3: hue
     hue_place, by = (order == 3).int().argmax(dim=1).sort()
     i, order = i[by], order[by]
     factor = (1 + (2 * u[i, 1:5] - 1) * torch.tensor(strength, dtype=u.dtype)).clamp(min=0)
     shift, factor = factor[:, 3:] - 1, factor.gather(1, order)
-    rest = torch.where(order == 0, 0, 1 - factor)  # brightness blends with black
-    numbers = to_device(torch.cat([shift, factor, rest, order == 1], dim=1).to(x.dtype), x.device)
-    shift, factor, rest, contrast = numbers[..., None, None, None].split([1, 4, 4, 4], dim=1)
+    rest = 1 - factor
+    numbers = torch.cat([shift, factor, rest * (order == 1), rest * (order == 2)], dim=1)
+    numbers = to_device(numbers.to(x.dtype), x.device)[..., None, None]
+    shift, factor, contrast, saturation = numbers.split([1, 4, 4, 4], dim=1)
+    # All but the hue take each pixel p to A p + C (mean pixel), at each place [n, 3, 3].
+    eye, gray = to_device(torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [GRAY] * 3],
+                                       dtype=x.dtype), x.device)
+    A, C = factor * eye + saturation * gray, contrast * gray
     i = to_device(i, x.device)
-    y = x[i]
+    y = x.index_select(0, i).flatten(2)  # [n, 3, S * S]
 
     def blend(images: slice, place: int) -> None:
-        """x * factor + target * rest; target: the pixel's gray, or for contrast the mean gray."""
-        z, at = y[images], (images, place)
-        target = gray(z)
-        target = torch.where(contrast[at] > 0, target.mean(dim=(2, 3), keepdim=True), target)
-        z.mul_(factor[at]).add_(target * rest[at]).clamp_(0, 1)
+        z = y[images]
+        mean = C[images, place] @ z.mean(dim=2, keepdim=True)
+        torch.clamp(torch.baddbmm(mean, A[images, place], z), 0, 1, out=z)
 
     n = [int((hue_place < place).sum()) for place in range(4)]
     for place in (0, 1, 2):
@@ -612,45 +610,47 @@ def jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
     y = shift_hue(y, shift[:, 0])
     for place in (1, 2, 3):
         blend(slice(n[place]), place)
-    return x.index_put((i,), y)
+    x.index_copy_(0, i, y.view(-1, *x.shape[1:]))
 
 
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Turns each image gray with probability prob. x [B, 3, S, S], u [B]."""
-    i = where(u < prob, x)
-    return x.index_put((i,), gray(x[i]))
+    i = to_device((u < prob).nonzero()[:, 0], x.device)
+    r, g, b = x.index_select(0, i).split(1, dim=1)
+    y = (GRAY[0] * r).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
+    return x.index_copy(0, i, y.expand(-1, 3, -1, -1))
 
 
 def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
     """Blurs each image with probability prob and its own sigma (pixels), uniform in the range. The
     kernel spans a tenth of the side: 23 taps at 224 px (SimCLR, arXiv:2002.05709, App. A).
     x [B, 3, S, S]; u [B, 2]: whether, how much."""
-    i = where(u[:, 0] < prob, x)
+    i = to_device((u[:, 0] < prob).nonzero()[:, 0], x.device)
     if len(i) == 0:
         return x
     half = x.shape[-1] // 20
     s = to_device((sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x.dtype), x.device)[i]
     taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
     kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
-    y = x[i].flatten(0, 1)[None]  # as one image, in which every channel has its own kernel
+    y = x.index_select(0, i).flatten(0, 1)[None]  # one image, a kernel a channel
     y = F.pad(y, (half, half, half, half), mode="reflect")
     y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
     y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
-    return x.index_put((i,), y[0].unflatten(0, (-1, 3)))
+    return x.index_copy(0, i, y[0].unflatten(0, (-1, 3)))
 
 
 def solarize(x: Tensor, u: Tensor, prob: float) -> Tensor:
     """Inverts the bright pixels of each image with probability prob. x [B, 3, S, S], u [B]."""
-    i = where(u < prob, x)
-    y = x[i]
-    return x.index_put((i,), torch.where(y >= 128 / 255, 1 - y, y))  # PIL's threshold of 128
+    i = to_device((u < prob).nonzero()[:, 0], x.device)
+    y = x.index_select(0, i)
+    return x.index_copy(0, i, torch.where(y >= 128 / 255, 1 - y, y))  # PIL's threshold of 128
 
 
 def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
     """(x - mean) / std per channel. x [B, 3, S, S]."""
     values = torch.tensor([mean, std], dtype=torch.float64)[:, :, None, None].to(x.dtype)
     mean, std = to_device(values, x.device)
-    return (x - mean) / std
+    return (x - mean).div_(std)
 
 
 # ---------------------------------------------------------------------------- quality of features
