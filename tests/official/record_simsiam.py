@@ -49,18 +49,18 @@ def inputs(shapes: dict, seed: int) -> tuple[dict, torch.Tensor]:
     return parameters, torch.from_numpy(views)
 
 
-def summary(state: dict) -> dict:
+def summary(state: dict, when: str) -> dict:
     """Of a state dict with our names: the norm of every tensor, the first numbers of some."""
-    return {"norms": {name: [x.double().norm().item()] for name, x in state.items()},
-            "numbers": {name: state[name].flatten()[:8].tolist() for name in NUMBERS}}
+    return {f"norms {when}": {name: [x.double().norm().item()] for name, x in state.items()},
+            f"numbers {when}": {name: state[name].flatten()[:8].tolist() for name in NUMBERS}}
 
 
 def our_name(name: str) -> str:
     return name.replace("encoder.fc.", "projector.")  # in place of the encoder's classifier
 
 
-def record(builder, main_simsiam, fix_pred_lr: bool) -> tuple[dict, dict, list]:
-    """The start, what five steps gave, and the parameters that have no gradient."""
+def record(builder, main_simsiam, fix_pred_lr: bool) -> dict:
+    """What five steps gave: {quantity: {name: its numbers, one a step where it is of a step}}."""
     model = builder.SimSiam(torchvision.models.resnet18, SETTINGS["dim"], SETTINGS["predictor_dim"])
     model.double().train()
     parameters = {our_name(name): p for name, p in model.named_parameters()}
@@ -68,7 +68,7 @@ def record(builder, main_simsiam, fix_pred_lr: bool) -> tuple[dict, dict, list]:
     for name, p in parameters.items():
         p.data.copy_(values[name])
     state = {our_name(name): x for name, x in model.state_dict().items()}  # shares its memory
-    start = summary(state)
+    start = summary(state, "before")
     groups = [{"params": model.encoder.parameters(), "fix_lr": False},
               {"params": model.predictor.parameters(), "fix_lr": True}]
     lr = SETTINGS["base_lr"] * SETTINGS["batch_size"] / 256
@@ -76,9 +76,8 @@ def record(builder, main_simsiam, fix_pred_lr: bool) -> tuple[dict, dict, list]:
         groups if fix_pred_lr else model.parameters(), lr, momentum=SETTINGS["momentum"],
         weight_decay=SETTINGS["weight_decay"])
     cosine = torch.nn.CosineSimilarity(dim=1)
-    frozen = [name for name, p in parameters.items() if not p.requires_grad]
     steps = {"loss": {"loss": []}, "lr": {"f": [], "h": []},
-             "gradients": {name: [] for name in parameters if name not in frozen}}
+             "gradients": {name: [] for name, p in parameters.items() if p.requires_grad}}
     for step, (x1, x2) in enumerate(views):
         main_simsiam.adjust_learning_rate(optimizer, lr, step // PER_EPOCH,
                                           SimpleNamespace(epochs=SETTINGS["epochs"]))
@@ -92,7 +91,7 @@ def record(builder, main_simsiam, fix_pred_lr: bool) -> tuple[dict, dict, list]:
         steps["lr"]["h"].append(optimizer.param_groups[-1]["lr"])
         for name, norms in steps["gradients"].items():
             norms.append(parameters[name].grad.norm().item())
-    return start, steps | summary(state), frozen
+    return start | steps | summary(state, "after")
 
 
 def main() -> None:
@@ -104,14 +103,13 @@ def main() -> None:
         ["git", "--git-dir", args.path / ".git", "rev-parse", "HEAD"], text=True).strip()
     sys.path.insert(0, str(args.path.resolve()))  # their package is called simsiam, as our script
     theirs = importlib.import_module("simsiam.builder"), importlib.import_module("main_simsiam")
-    start, constant, frozen = record(*theirs, fix_pred_lr=True)
-    decay = record(*theirs, fix_pred_lr=False)[1]
+    cases = {name: record(*theirs, name == "constant") for name in ("constant", "decay")}
     versions = {x.__name__: x.__version__ for x in (torch, torchvision, np)}
-    result = {"commit": commit, "versions": versions, "settings": SETTINGS, "frozen": frozen,
-              "start": start, "constant": constant, "decay": decay}
+    result = {"commit": commit, "versions": versions, "settings": SETTINGS, "cases": cases}
     text = json.dumps(result, separators=(",", ":")).replace('},"', '},\n"')
     Path(__file__).with_name("simsiam.json").write_text(text + "\n")
-    print(f"{theirs[0].__file__} at {commit}: {constant['loss']}, {decay['loss']}, {decay['lr']}")
+    for name, case in cases.items():
+        print(f"{theirs[0].__file__} at {commit}, {name}: {case['loss']}, {case['lr']}")
 
 
 if __name__ == "__main__":
