@@ -1,31 +1,26 @@
 """What prevents collapse, by training: the demo's own images and recipe, a narrower network."""
 
-import contextlib
-import io
-
 import pytest
-from conftest import program, records
+from conftest import finish, records, start
 
-import byol
-import simsiam
-
-RUNS = {"healthy": [], "no stop-gradient": ["--no-stop-grad"],
-        "no predictor": ["--predictor", "none"]}
-
-
-def train(script, steps, out, flags):
-    """The last three log lines, ten steps apart, of the demo stopped early; and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert program(script)("--width", 0.125, "--precision", "fp32", "--steps", steps,
-                               "--log-every", 10, "--knn-every", 0, "--device", "cpu", "--out", out,
-                               *flags) == 0
-    return records(out)[-3:], said.getvalue()
+RUNS = {"healthy": ("simsiam", ""), "no stop-gradient": ("simsiam", "--no-stop-grad"),
+        "no predictor": ("simsiam", "--predictor none"), "byol": ("byol", ""),
+        "byol, no predictor": ("byol", "--predictor none")}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return {name: train(simsiam, 120, tmp_path_factory.mktemp("run"), flags)
-            for name, flags in RUNS.items()}
+    """The last three log lines, ten steps apart, of the demo stopped early; and what it printed."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+    running = {name: start(f"{method}.py", *flags.split(), "--width", 0.125, "--precision", "fp32",
+                           "--steps", 120 if method == "simsiam" else 100, "--log-every", 10,
+                           "--knn-every", 0, "--device", "cpu", "--out", folder / name, fork=True)
+               for name, (method, flags) in RUNS.items()}
+    for name, process in running.items():
+        codes, said = finish(process)
+        assert codes == [0], said
+        done[name] = records(folder / name)[-3:], said
+    return done
 
 
 def mean(lines, name):
@@ -44,11 +39,9 @@ def test_without_stop_gradient_or_predictor_the_rank_falls_to_1(broken, runs):  
     assert "collapsed" not in runs["healthy"][1]
 
 
-def test_byol_without_its_predictor_ends_in_fewer_dimensions(tmp_path):  # BYOL, Table 5b
-    fast = ["--batch-size", "50", "--base-lr", "4", "--warmup-epochs", "0.3"]
-    healthy, broken = (train(byol, 61, tmp_path / name, [*fast, *flags])[0] for name, flags in (
-        ("with", []), ("without", ["--predictor", "none"])))
+def test_byol_without_its_predictor_ends_in_fewer_dimensions(runs):  # BYOL, Table 5b
+    healthy, broken = runs["byol"][0], runs["byol, no predictor"][0]
     assert len(healthy) == len(broken) == 3
-    assert mean(healthy, "rank") > 5 > 2.5 > mean(broken, "rank")
-    assert mean(healthy, "std") > mean(broken, "std") + 0.2  # BYOL's output is free to shrink
-    assert mean(broken, "loss") < mean(healthy, "loss") - 0.5
+    assert mean(healthy, "rank") > 4 > 2.5 > mean(broken, "rank")
+    assert mean(healthy, "std") > mean(broken, "std") + 0.3  # BYOL's output is free to shrink
+    assert mean(broken, "loss") < mean(healthy, "loss") - 1
