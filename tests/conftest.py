@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,6 +57,26 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: pytest tests --slow"))
+
+
+CAN_FAKE_A_GPU = bool(
+    sys.platform == "linux" and torch.version.cuda and shutil.which("cc") and shutil.which("nm")
+    and Path(torch.__file__).with_name("lib").joinpath("libcaffe2_nvrtc.so").exists()
+    and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fake_gpu(request):
+    """tests/fake_gpu.py takes a minute. So it starts before all tests, and runs beside them."""
+    if not (CAN_FAKE_A_GPU and any("runs" in item.fixturenames and item.path.name == "test_gpu.py"
+                                   for item in request.session.items)):
+        yield None
+        return
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, str(ROOT / "tests/fake_gpu.py")], env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(autouse=True)

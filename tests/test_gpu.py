@@ -1,22 +1,12 @@
 """A training step never waits for the GPU, seen on a GPU that does not exist (fake_gpu.py)."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT
+from conftest import CAN_FAKE_A_GPU
 
-NVRTC = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
 pytestmark = pytest.mark.skipif(
-    not (sys.platform == "linux" and torch.version.cuda and NVRTC.exists()
-         and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
-         and shutil.which("cc") and shutil.which("nm")),
-    reason="needs Linux, a CUDA build of torch 2.14 or newer, cc and nm")
+    not CAN_FAKE_A_GPU, reason="needs Linux, a CUDA build of torch 2.14 or newer, cc and nm")
 MOST = {  # launches of a step
     "simsiam": 760, "simsiam photos": 1400, "simsiam of 4 processes": 1900, "simsiam linear": 170,
     "simsiam linear larc": 180,
@@ -29,12 +19,11 @@ MOST = {  # launches of a step
 
 
 @pytest.fixture(scope="module")
-def runs():
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "fake_gpu.py")], text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = (line.split(": ", 1) for line in done.stdout.splitlines())
-    return {title: json.loads(found) for title, found in lines}
+def runs(fake_gpu):
+    output, errors = fake_gpu.communicate()
+    assert fake_gpu.returncode == 0, errors[-3000:]
+    return {title: json.loads(found) for title, found in (
+        line.split(": ", 1) for line in output.splitlines())}
 
 
 @pytest.mark.parametrize("title", MOST)

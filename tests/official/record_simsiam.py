@@ -5,14 +5,11 @@
 
 Their ResNet-18 and learning rate schedule run with torch's SGD and cosine similarity, once with
 --fix-pred-lr ("constant") and once without ("decay"). Parameters and views come from numpy's
-RandomState, whose streams do not change between versions, so the test makes the same ones without
-the authors' code. That code is CC BY-NC 4.0: only imported from the path, nothing of it copied.
+RandomState, so the test makes the same ones without the authors' code. That code is CC BY-NC 4.0: only imported from the path, nothing of it copied.
 """
 
 import argparse
 import importlib
-import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torchvision
+
+import drawn
 
 SETTINGS = {"arch": "resnet18", "image_size": 32, "dim": 64, "predictor_dim": 16, "epochs": 4,
             "batch_size": 16, "base_lr": 0.8, "momentum": 0.9, "weight_decay": 1e-4}
@@ -31,28 +30,13 @@ NUMBERS = (  # tensors whose first numbers are recorded; of the others only the 
     "predictor.1.running_mean", "predictor.3.weight", "predictor.3.bias")
 
 
-def inputs(shapes: dict, seed: int) -> tuple[dict, torch.Tensor]:
-    """Parameters by our names, drawn in sorted order, and views [STEPS, 2, B, 3, S, S]."""
-    random, parameters = np.random.RandomState(seed), {}
+def inputs(shapes: dict) -> tuple[dict, torch.Tensor]:
+    """Parameters by our names, and views [STEPS, 2, B, 3, S, S]."""
+    random = np.random.RandomState(SEED)
     images = (SETTINGS["batch_size"], 3, SETTINGS["image_size"], SETTINGS["image_size"])
     views = random.standard_normal((STEPS, 1, *images))  # both views show the same images
     views = views + 0.5 * random.standard_normal((STEPS, 2, *images))
-    for name in sorted(shapes):
-        x = random.standard_normal(tuple(shapes[name]))
-        if x.ndim > 1:
-            x *= np.sqrt(2 / np.prod(x.shape[1:]))  # He et al., arXiv:1502.01852
-        elif name.endswith("weight"):  # of a batch norm
-            x = 1 + 0.1 * x
-        else:
-            x *= 0.1
-        parameters[name] = torch.from_numpy(x)
-    return parameters, torch.from_numpy(views)
-
-
-def summary(state: dict, when: str) -> dict:
-    """Of a state dict with our names: the norm of every tensor, the first numbers of some."""
-    return {f"norms {when}": {name: [x.double().norm().item()] for name, x in state.items()},
-            f"numbers {when}": {name: state[name].flatten()[:8].tolist() for name in NUMBERS}}
+    return drawn.parameters(shapes, random), torch.from_numpy(views)
 
 
 def our_name(name: str) -> str:
@@ -64,11 +48,11 @@ def record(builder, main_simsiam, fix_pred_lr: bool) -> dict:
     model = builder.SimSiam(torchvision.models.resnet18, SETTINGS["dim"], SETTINGS["predictor_dim"])
     model.double().train()
     parameters = {our_name(name): p for name, p in model.named_parameters()}
-    values, views = inputs({name: p.shape for name, p in parameters.items()}, SEED)
+    values, views = inputs({name: p.shape for name, p in parameters.items()})
     for name, p in parameters.items():
         p.data.copy_(values[name])
     state = {our_name(name): x for name, x in model.state_dict().items()}  # shares its memory
-    start = summary(state, "before")
+    start = drawn.summary(state, NUMBERS, "before")
     groups = [{"params": model.encoder.parameters(), "fix_lr": False},
               {"params": model.predictor.parameters(), "fix_lr": True}]
     lr = SETTINGS["base_lr"] * SETTINGS["batch_size"] / 256
@@ -91,7 +75,7 @@ def record(builder, main_simsiam, fix_pred_lr: bool) -> dict:
         steps["lr"]["h"].append(optimizer.param_groups[-1]["lr"])
         for name, norms in steps["gradients"].items():
             norms.append(parameters[name].grad.norm().item())
-    return start | steps | summary(state, "after")
+    return start | steps | drawn.summary(state, NUMBERS, "after")
 
 
 def main() -> None:
@@ -99,17 +83,12 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="the authors' code")
     parser.add_argument("--commit", help="of that code, where PATH has no .git")
     args = parser.parse_args()
-    commit = args.commit or subprocess.check_output(
-        ["git", "--git-dir", args.path / ".git", "rev-parse", "HEAD"], text=True).strip()
     sys.path.insert(0, str(args.path.resolve()))  # their package is called simsiam, as our script
     theirs = importlib.import_module("simsiam.builder"), importlib.import_module("main_simsiam")
     cases = {name: record(*theirs, name == "constant") for name in ("constant", "decay")}
     versions = {x.__name__: x.__version__ for x in (torch, torchvision, np)}
-    result = {"commit": commit, "versions": versions, "settings": SETTINGS, "cases": cases}
-    text = json.dumps(result, separators=(",", ":")).replace('},"', '},\n"')
-    Path(__file__).with_name("simsiam.json").write_text(text + "\n")
-    for name, case in cases.items():
-        print(f"{theirs[0].__file__} at {commit}, {name}: {case['loss']}, {case['lr']}")
+    drawn.write("simsiam", commit=args.commit or drawn.commit(args.path), versions=versions,
+                settings=SETTINGS, cases=cases)
 
 
 if __name__ == "__main__":
