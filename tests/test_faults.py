@@ -7,19 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, assert_same_weights, finish, records, run, send, start
-from test_each_script import COMMON, FLAGS
+from conftest import ROOT, TINY, finish, records, run, send, start
+from test_each_script import COMMON, FLAGS, assert_same_run
 
 LONG = [*TINY, "--image-size", "16", "--batch-size", "8", "--epochs", "5", "--log-every", "1"]
 # 48 images: 6 steps an epoch, 30 in all.
-
-
-def assert_same_run(a, b):
-    one, two = ([(x["step"], x["loss"]) for x in records(out)] for out in (a, b))
-    assert one == two
-    assert_same_weights(a, b)
 
 
 def last_step(out) -> int:
@@ -47,15 +42,11 @@ def whole(classes, tmp_path_factory):
     return out
 
 
-def ranks_of(torchrun: int) -> dict[int, int]:
-    """Rank -> process id of the children of this process."""
-    with open(f"/proc/{torchrun}/task/{torchrun}/children") as file:
-        children, found = file.read().split(), {}
-    for child in children:
-        with open(f"/proc/{child}/environ") as file:
-            if rank := re.search(r"(?:^|\0)RANK=(\d+)", file.read()):
-                found[int(rank[1])] = int(child)
-    return found
+def process_of(rank: int, torchrun: int) -> int:
+    """Its id, among the children of torchrun."""
+    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
 
 
 @pytest.mark.slow
@@ -70,7 +61,7 @@ def test_a_run_whose_rank_dies_under_torchrun_completes_by_itself(dead, classes,
         torchrun = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={
             **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
         wait_until(lambda: last_step(tmp_path) >= 8, torchrun)
-        os.kill(ranks_of(torchrun.pid)[dead], signal.SIGKILL)
+        os.kill(process_of(dead, torchrun.pid), signal.SIGKILL)
         code = torchrun.wait(timeout=600)
         said = output.seek(0) or output.read()
     assert code == 0 and "continuing from step" in said, said

@@ -1,7 +1,7 @@
 """Our training steps against the authors' own, which tests/official/record_*.py recorded.
 
-A recording has cases, and a case {quantity: {name: numbers}}. Our steps return the same layout, with
-fewer numbers where they ran fewer steps. Weights and views are drawn here and there by numpy.
+A recording has cases, and a case {quantity: {name: numbers}}. Our steps return the same layout,
+with fewer numbers where they ran fewer steps. Weights and views are drawn here and there by numpy.
 """
 
 import functools
@@ -160,7 +160,8 @@ MUTANTS = {  # name: method, case, function; its text, the mistake; steps, where
     "positive in the denominator": ("dcl", "dcl", "dcl_loss",
                                     M, f"F.softplus({M})", 1, "loss, gradients"),
     "other view among the negatives": (
-        "dcl", "dclw", "margins", "image[:, None] == torch.arange(2 * total, device=s.device) % total",
+        "dcl", "dclw", "margins",
+        "image[:, None] == torch.arange(2 * total, device=s.device) % total",
         "torch.eye(2 * n, dtype=torch.bool)", 1, "loss, gradients"),
     "keys enqueued before the loss": (
         "dcl", "queue", "train_step", "    loss, m =",

@@ -213,14 +213,8 @@ def test_every_command_shown_parses(command):
     script, *words = shlex.split(command)
     assert settings(METHODS[script], words)
     assert sum(other.startswith(script) for other in commands()) >= 5
-
-
-@pytest.mark.parametrize("words", ["--nothing 1", "--recipe nothing", "--arch resnet51",
-                                   "--epochs many", "nothing", "--seed", "--epochs 0"])
-@pytest.mark.parametrize("script", METHODS)
-def test_a_command_that_does_not_parse_is_told(script, words):
     with pytest.raises(SystemExit):
-        settings(METHODS[script], words.split())
+        settings(METHODS[script], [*words, "--nothing"])
 
 
 def flags():

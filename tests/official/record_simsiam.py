@@ -5,7 +5,8 @@
 
 Their ResNet-18 and learning rate schedule run with torch's SGD and cosine similarity, once with
 --fix-pred-lr ("constant") and once without ("decay"). Parameters and views come from numpy's
-RandomState, so the test makes the same ones without the authors' code. That code is CC BY-NC 4.0: only imported from the path, nothing of it copied.
+RandomState, so the test makes the same ones without the authors' code. That code is CC BY-NC 4.0:
+only imported from the path, nothing of it copied.
 """
 
 import argparse
