@@ -405,7 +405,7 @@ def pretrain(args) -> None:
         torch.maximum(largest, norms, out=largest)  # since the last log line: no spike is lost
         step += 1
         if step == 1:
-            save_views(torch.cat([x1[:8], x2[:8]]), args)
+            save_views(torch.cat([x1[:8], x2[:8]]), data.train, args)
         queue.append((h, labels))
         if knn_every and step % knn_every == 0 and len(queue) == queue.maxlen:
             log_queue_knn(model.encoder, queue, step / per_epoch, step, data.val, args)
@@ -637,9 +637,8 @@ def setup(args) -> None:
 def distribute(model: nn.Module, args) -> nn.Module:
     """The model on its device; with several processes, with the global batch's gradients and BN."""
     model.to(args.device, args.dtype)
-    if world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(sync_batch_norm(model), broadcast_buffers=False)
-    return model
+    return model if world_size() == 1 else nn.parallel.DistributedDataParallel(
+        sync_batch_norm(model), broadcast_buffers=False)
 
 
 def autocast(args):
@@ -867,22 +866,23 @@ def log(args, **record) -> None:
         print("  ".join(numbers) or args.out, flush=True)
 
 
-def save_views(x: Tensor, args) -> None:
-    """views.png: normalized views [2 * n, 3, S, S], the first ones above the second ones."""
+def save_views(x: Tensor, images: Images, args) -> None:
+    """views.png: the first n images of a run, each above its normalized views x [2n, 3, S, S]."""
     if rank() == 0:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (args.mean, args.std))
-        x = F.interpolate(x.float().cpu() * std + mean, scale_factor=math.ceil(96 / x.shape[-1]))
-        torchvision.utils.save_image(x, os.path.join(args.out, "views.png"), nrow=len(x) // 2)
+        order = torch.randperm(len(images.labels), generator=generator(args.seed, "order", 0))
+        shown, _ = next(batches(images, [(order[:len(x) // 2], None)], args))
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (args.mean, args.std))
+        x = F.interpolate(torch.cat([shown, x * std + mean]).float(), max(96, x.shape[-1]))
+        torchvision.utils.save_image(x, os.path.join(args.out, "views.png"), nrow=len(x) // 3)
 
 
 def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
     """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
     if rank() > 0:
         return
-    data = args.data if args.data in DATA_RECIPES else os.path.abspath(args.data)
-    run = {"step": step, "config": args.config, "recipe": args.recipe, "data": data,
-           "data_root": os.path.abspath(args.data_root), "model": model.state_dict(),
-           "optimizer": optimizer.state_dict()}
+    run = {"step": step, "config": args.config, "recipe": args.recipe, "model": model.state_dict(),
+           "optimizer": optimizer.state_dict(), "data_root": os.path.abspath(args.data_root),
+           "data": args.data if args.data in DATA_RECIPES else os.path.abspath(args.data)}
     weights = {name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}
     for name, state in {"last.pt": run, "encoder.pt": weights}.items():
         path = os.path.join(args.out, name)
