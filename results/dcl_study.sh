@@ -7,8 +7,7 @@
 #     DATA=/path/to/cifar10-10k sh results/dcl_study.sh
 #
 # DATA holds train/ and val/ with a folder a class; here: CIFAR-10 as JPEG, the first 1,000 images by
-# name of each class in train/, all of val/. Then `python results/figures.py` makes table and picture
-# from the logs, once these are where it looks: results/dcl-study/<run>.jsonl.
+# name of each class in train/, all of val/. results/figures.py draws the logs.
 set -e
 run="python dcl.py --data ${DATA:?the folder of the images} --recipe cifar --width 0.25"
 train="$run --epochs 8 --knn-every 8"
