@@ -28,7 +28,7 @@ import drawn  # noqa: E402
 # In float64. On kernels for other processors 3e-12 was the most, but for MoCo v3's last layer norm:
 # the gradient of its bias is rounding noise, which Adam divides by 1e-8 (4e-11).
 TOLERANCE = 1e-9
-TOLERANCES = {"position": 1e-6}  # MoCo v3's table of sines: float32, theirs all the way
+TOLERANCES = {"position": 1e-6}  # the table of sines: theirs is computed in float32
 
 
 def recorder(method: str):
