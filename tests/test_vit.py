@@ -10,29 +10,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DOUBLE, count, furthest, uniform
-from torch import nn
+from helpers import DOUBLE, count, furthest, same, uniform
 
 from common import VITS, sincos_table, vit
 
 
-def on_meta(*args, **kwargs):
-    """A network without memory, for counting."""
-    with torch.device("meta"):
-        return vit(*args, **kwargs)
+def images(n=3, size=(16, 24)):
+    return 4 * uniform(n, 3, *size, seed=5) - 2
 
 
-def shapes(module):
-    return {name: tuple(x.shape) for name, x in module.state_dict().items()}
-
-
-def images(n=3, size=(16, 24), seed=5):
-    return 4 * uniform(n, 3, *size, seed=seed) - 2
-
-
-def mini(size=(16, 24), patch=8, seed=0, **options):
+def mini(size=(16, 24), patch=8, **options):
     """The smallest ViT; a grid of 2 x 3 tells rows from columns."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return vit("mini", size, patch, **options).double()
 
 
@@ -50,53 +39,59 @@ def randomized(model):
     return model
 
 
-@pytest.fixture(scope="module")
-def small():
-    torch.manual_seed(3)
-    return vit("small", patch_projection="frozen")
-
-
-# -------------------------------------------------------------------------------------------- sizes
-
-
-def backbone_count(dim, depth, patch, tokens):
-    """Weights of a ViT by arithmetic: class token, table, projection, blocks, last norm."""
-    block = 2 * 2 * dim + (3 * dim * dim + 3 * dim) + (dim * dim + dim) + (8 * dim * dim + 5 * dim)
-    return dim + (1 + tokens) * dim + (3 * patch * patch + 1) * dim + depth * block + 2 * dim
-
-
 @pytest.mark.parametrize("size, patch, expected, tokens, millions, frozen", [  # MoCo v3, Table 2
     ("mini", 16, (96, 3, 3), 196, None, None), ("tiny", 16, (192, 12, 3), 196, None, None),
-    ("small", 16, (384, 12, 12), 196, 21.666, 0.371),
+    ("small", 16, (384, 12, 12), 196, 21.666, 0.371), ("base", 7, (768, 12, 12), 1024, None, None),
     ("base", 16, (768, 12, 12), 196, 85.799, 0.742),
     ("large", 16, (1024, 24, 16), 196, 303.302, 0.989),
-    ("base", 7, (768, 12, 12), 1024, None, None),
     ("huge", 14, (1280, 32, 16), 256, 630.765, 1.083)])
 def test_sizes_are_the_papers(size, patch, expected, tokens, millions, frozen):
-    model, (dim, depth, _) = on_meta(size, patch_size=patch, patch_projection="frozen"), expected
-    assert VITS[size] == expected and len(model.blocks) == depth and model.feature_dim == dim
-    assert model.pos_embed.shape == (1, 1 + tokens, dim)
-    assert count(model) == backbone_count(dim, depth, patch, tokens)
+    with torch.device("meta"):  # without memory
+        model = vit(size, patch_size=patch, patch_projection="frozen")
+    assert VITS[size] == expected and (model.feature_dim, len(model.blocks)) == expected[:2]
+    assert model.pos_embed.shape == (1, 1 + tokens, expected[0])
     assert millions in (None, round(count(model) / 1e6, 3))
     assert frozen in (None, round(count(model, trainable=False) / 1e6, 3))
 
 
 @pytest.mark.parametrize("size, millions", [("small", 20.617), ("base", 82.200)])
 def test_the_convolutional_stem_is_the_authors(size, millions):
-    model = on_meta(size, stem="conv")
+    with torch.device("meta"):
+        model = vit(size, stem="conv")
     assert round(count(model) / 1e6, 3) == millions and len(model.blocks) == 11
-    stem, dim = model.patch_embed.proj, VITS[size][0]
-    widths = [3, dim // 8, dim // 4, dim // 2, dim]
-    for i in range(4):
-        convolution, norm, relu = stem[3 * i:3 * i + 3]
-        assert convolution.weight.shape == (widths[i + 1], widths[i], 3, 3)
-        assert convolution.stride == (2, 2) and convolution.bias is None
-        assert isinstance(norm, nn.BatchNorm2d) and isinstance(relu, nn.ReLU)
-    names = [name for name in shapes(model) if name.startswith("patch_embed")]
-    assert len(names) == 5 + 1 + 4 * 5 and "patch_embed.proj.12.bias" in names
 
 
-# ------------------------------------------------------------------------------- position embedding
+@pytest.mark.parametrize("size, patch, heads", [
+    ("tiny", 16, 3), ("small", 16, 12), ("base", 16, 12), ("large", 16, 16), ("huge", 14, 16)])
+def test_names_shapes_and_features_are_timms(size, patch, heads):
+    timm = pytest.importorskip("timm")
+    with torch.device("cpu" if size in ("tiny", "small") else "meta"):
+        theirs = timm.create_model(f"vit_{size}_patch{patch}_224", num_classes=0, num_heads=heads)
+        ours = vit(size, patch_size=patch)
+    shapes, others = ({name: x.shape for name, x in model.state_dict().items()}
+                      for model in (ours, theirs))
+    assert shapes == others
+    if size in ("tiny", "small"):
+        theirs.load_state_dict(ours.state_dict())  # strictly
+        x = images(2, (224, 224)).float()
+        with torch.no_grad():
+            assert furthest([ours(x)], [theirs.eval()(x)]) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(size="giant"), dict(image_size=30), dict(image_size=(32, 30)), dict(image_size=(30, 32)),
+    dict(image_size=0), dict(image_size=-32), dict(image_size=(32,)), dict(patch_size=0),
+    dict(patch_size=-8), dict(image_size=8, patch_size=16), dict(heads=5), dict(heads=-1),
+    dict(stem="stem"), dict(mlp_norm="group"), dict(position="rotary"), dict(pooling="max"),
+    dict(patch_projection="thawed"), dict(stem="conv"),  # which makes patches of 16 pixels
+    dict(patch_size=16, stem="conv", patch_projection="frozen"),  # not ignored
+    dict(mlp_norm="batch", grad_checkpoint=True)], ids=str)  # would count twice
+def test_values_that_do_not_fit_are_errors(wrong):
+    with pytest.raises(ValueError):
+        vit(**{"size": "mini", "image_size": 32, "patch_size": 8, **wrong})
+
+
+# --------------------------------------------------------------- position embedding, initialization
 
 
 def slow_table(rows, columns, dim, order="rows first", base=10000.0, spacing=4):
@@ -108,48 +103,35 @@ def slow_table(rows, columns, dim, order="rows first", base=10000.0, spacing=4):
     return torch.tensor(table, dtype=DOUBLE)
 
 
-@pytest.mark.parametrize("rows, columns, dim", [(14, 14, 96), (2, 3, 8), (3, 2, 12), (1, 1, 4),
-                                                (1, 5, 384), (8, 8, 192), (14, 14, 384)])
+@pytest.mark.parametrize("rows, columns, dim", [
+    (14, 14, 96), (2, 3, 8), (3, 2, 12), (1, 1, 4), (1, 5, 384), (8, 8, 192), (14, 14, 384),
+    (2, 3, 96), (3, 2, 96), (2, 3, 32), (4, 4, 32)])
 def test_table_equals_a_loop_over_numbers(rows, columns, dim):
     table = sincos_table(rows, columns, dim)
     assert furthest([table.double()], [slow_table(rows, columns, dim)]) < 2e-6  # float32
+    for wrong in (dict(order="columns first"), dict(base=1e3), dict(spacing=2)):  # MAE's is first
+        other = slow_table(rows, columns, dim, **wrong)
+        assert dim != 32 or furthest([table.double()], [other]) > 0.1, wrong
+    if dim == 96:  # that of the smallest ViT
+        in_network = mini((8 * rows, 8 * columns)).float().pos_embed[0]
+        assert not in_network[0].any() and torch.equal(in_network[1:], table)
 
 
-@pytest.mark.parametrize("wrong", [dict(order="columns first"), dict(base=1e3), dict(spacing=2)],
-                         ids=str)
-@pytest.mark.parametrize("rows, columns", [(4, 4), (2, 3)])
-def test_the_loop_tells_other_tables_apart(rows, columns, wrong):  # columns first: MAE's
-    other = slow_table(rows, columns, 32, **wrong)
-    assert furthest([sincos_table(rows, columns, 32).double()], [other]) > 0.1
-
-
-@pytest.mark.parametrize("size, grid", [((16, 24), (2, 3)), ((24, 16), (3, 2)), (32, (4, 4))])
-def test_table_in_the_network_is_fixed_saved_and_zero_for_the_class_token(size, grid):
-    model = mini(size)
-    assert not model.pos_embed.requires_grad and "pos_embed" in model.state_dict()
-    assert not model.pos_embed[0, 0].any()
-    assert furthest([model.pos_embed[0, 1:]], [slow_table(*grid, 96)]) < 2e-6
-
-
-# ----------------------------------------------------------------------------------- initialization
-
-
-def assert_uniform(x, bound, name):
-    assert 0.99 * bound < x.abs().max() <= bound * (1 + 1e-6), name
-    assert x.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
-    assert abs(x.mean().item()) < 6 * bound / math.sqrt(3 * x.numel()), name
-
-
-def test_every_tensor_starts_as_the_authors_do(small):
-    dim, seen = 384, set()
+@pytest.mark.parametrize("projection", ["learned", "frozen"])
+def test_every_tensor_starts_as_the_authors_do(projection):
+    torch.manual_seed(3)
+    small, dim, seen = vit("small", patch_projection=projection), 384, set()
     bounds = {"qkv": math.sqrt(6 / (dim + dim)), "attn.proj": math.sqrt(6 / (dim + dim)),
               "fc1": math.sqrt(6 / (dim + 4 * dim)), "fc2": math.sqrt(6 / (dim + 4 * dim)),
               "patch_embed.proj": math.sqrt(6 / (3 * 16 * 16 + dim))}
     for name, p in small.named_parameters():
         layer = next((layer for layer in bounds if f"{layer}." in name), None)
         if layer and name.endswith("weight"):  # queries, keys and values are three matrices
-            for part in p.detach().chunk(3 if layer == "qkv" else 1):
-                assert_uniform(part.flatten(), bounds[layer], name)
+            for x in p.detach().chunk(3 if layer == "qkv" else 1):
+                bound = bounds[layer]  # of a uniform distribution
+                assert 0.99 * bound < x.abs().max() <= bound * (1 + 1e-6), name
+                assert x.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
+                assert abs(x.mean().item()) < 6 * bound / math.sqrt(3 * x.numel()), name
         elif name.endswith("bias"):
             assert not p.any(), name
         elif "norm" in name:
@@ -160,8 +142,7 @@ def test_every_tensor_starts_as_the_authors_do(small):
             assert name == "pos_embed"
         seen.add(layer)
     assert seen == {*bounds, None}
-    blocks = [block.attn.qkv.weight for block in small.blocks]
-    assert not torch.equal(blocks[0], blocks[1])
+    assert not torch.equal(small.blocks[0].attn.qkv.weight, small.blocks[1].attn.qkv.weight)
 
 
 def test_the_convolutional_stem_and_learned_positions_start_as_pytorchs_and_timms():
@@ -173,21 +154,6 @@ def test_the_convolutional_stem_and_learned_positions_start_as_pytorchs_and_timm
         assert std == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.1)
     assert model.patch_embed.proj[12].bias.any()
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
-
-
-@pytest.mark.parametrize("options, fixed", [
-    ({}, ["pos_embed"]), (dict(position="learned"), []),
-    (dict(position="none", pooling="mean"), []),
-    (dict(patch_projection="frozen"),
-     ["pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"])])
-def test_frozen_parts_get_no_gradient_and_all_else_does(options, fixed):
-    model, twin, other = mini(**options), mini(), mini(seed=1)
-    model(images()).sin().sum().backward()  # a sum alone: LayerNorm makes it 0
-    for name, p in model.named_parameters():
-        assert p.requires_grad == (name not in fixed) == (p.grad is not None), name
-        assert p.grad is None or p.grad.any(), name
-        assert name == "pos_embed" or torch.equal(p, twin.state_dict()[name])  # the same start
-    assert not torch.equal(twin.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
 
 
 # ------------------------------------------------------------------------------------------ forward
@@ -256,13 +222,11 @@ def slow_vit(state, x, heads=3, training=False, wrong=""):
 def test_features_equal_the_forward_pass_written_out(options):
     model = randomized(mini(**options))
     x = images(3, model.image_size)
-    expected = [slow_vit(model.state_dict(), x, options.get("heads") or 3, training)
-                for training in ([False] if "stem" in options else [False, True])]
-    assert furthest([model.eval()(x)], expected[:1]) < 1e-9
-    assert "stem" in options or furthest([model.train()(x)], expected[1:]) < 1e-9
+    for training in (False,) if "stem" in options else (False, True):
+        expected = slow_vit(model.state_dict(), x, options.get("heads") or 3, training)
+        assert furthest([model.train(training)(x)], [expected]) < 1e-9
     assert ("cls_token" in model.state_dict()) == (options.get("pooling", "class") == "class")
     assert ("norm.weight" in model.state_dict()) == (options.get("pooling") != "mean-no-norm")
-    assert furthest([model.eval()(x)[2:]], [model(x[2:])]) < 1e-12
     with pytest.raises((ValueError, RuntimeError)):  # as many patches, and another meaning
         model(x.mT if x.shape[2] != x.shape[3] else x[..., :8])
 
@@ -275,65 +239,33 @@ def test_the_written_out_pass_tells_mistakes_apart(wrong):
     assert furthest([model(x)], [slow_vit(model.state_dict(), x, wrong=wrong)]) > 1e-6
 
 
-def test_small_has_12_heads_and_no_tensor_shows_it(small):  # timm's and DeiT's has 6
-    assert shapes(on_meta("small", heads=6)) == shapes(small)  # that is the trap
+def test_small_has_12_heads_and_no_tensor_shows_it():  # timm's and DeiT's has 6
+    torch.manual_seed(3)
+    small = vit("small")
+    vit("small", heads=6).load_state_dict(small.state_dict())  # strictly: that is the trap
     x, state = images(1, (224, 224)).float(), small.state_dict()
     with torch.no_grad():
         assert furthest([small(x)], [slow_vit(state, x, 12)]) < 1e-5
         assert furthest([small(x)], [slow_vit(state, x, 6)]) > 1e-2
 
 
-# ------------------------------------------------------------------- gradient checkpoint and errors
-
-
-@pytest.mark.parametrize("options", [{}, dict(patch_projection="frozen"), dict(position="none"),
-                                     dict(pooling="mean"), dict(size=32, patch=16, stem="conv")],
-                         ids=str)
-def test_computing_blocks_again_changes_no_bit(options):
+@pytest.mark.parametrize("options, fixed", [
+    ({}, ["pos_embed"]), (dict(position="learned"), []), (dict(position="none"), []),
+    (dict(pooling="mean"), ["pos_embed"]), (dict(position="none", pooling="mean"), []),
+    (dict(size=32, patch=16, stem="conv"), ["pos_embed"]), (dict(patch_projection="frozen"), [
+        "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"])], ids=str)
+def test_all_but_what_is_fixed_learns_and_computing_blocks_again_changes_no_bit(options, fixed):
     plain, again, calls = mini(**options), mini(**options, grad_checkpoint=True), []
-    x = images(4, (32, 32) if "stem" in options else (16, 24))
+    x = images(4, plain.image_size)
     for model in (plain, again):
         model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
-        model(x).sin().sum().backward()
+        model(x).sin().sum().backward()  # a sum alone: LayerNorm makes it 0
     assert len(calls) == 1 + 2  # really again
-    for (name, a), (_, b) in zip(plain.named_parameters(), again.named_parameters()):
-        assert (a.grad is None) == (b.grad is None), name
-        assert a.grad is None or torch.equal(a.grad, b.grad), name
-    for (name, a), (_, b) in zip(plain.named_buffers(), again.named_buffers()):
-        assert torch.equal(a, b), name  # statistics counted once
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert a.requires_grad == b.requires_grad == (name not in fixed), name
+        assert (name in fixed) == (a.grad is None) == (b.grad is None), name
+        assert name in fixed or (a.grad.any() and torch.equal(a.grad, b.grad)), name
+    assert same(plain.buffers(), again.buffers())  # statistics counted once
     with torch.no_grad():
         again(x)
     assert len(calls) == 4  # only for gradients
-
-
-@pytest.mark.parametrize("size, image_size, patch, options", [
-    ("giant", 32, 8, {}), ("mini", 30, 8, {}), ("mini", (32, 30), 8, {}), ("mini", (30, 32), 8, {}),
-    ("mini", 0, 8, {}), ("mini", -32, 8, {}), ("mini", 8, 16, {}), ("mini", 32, 0, {}),
-    ("mini", 32, -8, {}), ("mini", (32,), 8, {}), ("mini", 32, 8, dict(heads=5)),
-    ("mini", 32, 8, dict(heads=-1)), ("mini", 32, 8, dict(stem="stem")),
-    ("mini", 32, 8, dict(mlp_norm="group")), ("mini", 32, 8, dict(position="rotary")),
-    ("mini", 32, 8, dict(pooling="max")), ("mini", 32, 8, dict(patch_projection="thawed")),
-    ("mini", 32, 8, dict(stem="conv")),  # it makes patches of 16 pixels
-    ("mini", 32, 16, dict(stem="conv", patch_projection="frozen")),  # not ignored
-    ("mini", 32, 8, dict(mlp_norm="batch", grad_checkpoint=True))])  # would count twice
-def test_values_that_do_not_fit_are_errors(size, image_size, patch, options):
-    with pytest.raises(ValueError):
-        vit(size, image_size, patch, **options)
-
-
-# --------------------------------------------------------------------------------------------- timm
-
-
-@pytest.mark.parametrize("size, patch, heads", [
-    ("tiny", 16, 3), ("small", 16, 12), ("base", 16, 12), ("large", 16, 16), ("huge", 14, 16)])
-def test_names_shapes_and_features_are_timms(size, patch, heads):
-    timm = pytest.importorskip("timm")
-    with torch.device("cpu" if size in ("tiny", "small") else "meta"):
-        theirs = timm.create_model(f"vit_{size}_patch{patch}_224", num_classes=0, num_heads=heads)
-        ours = vit(size, patch_size=patch)
-    assert shapes(ours) == shapes(theirs)
-    if size in ("tiny", "small"):
-        theirs.load_state_dict(ours.state_dict())  # strictly
-        x = images(2, (224, 224)).float()
-        with torch.no_grad():
-            assert furthest([ours(x)], [theirs.eval()(x)]) < 1e-5
