@@ -12,16 +12,16 @@ differ we follow the code. Algorithm 1:
     xi = tau * xi + (1 - tau) * theta  # with the new theta; tau rises to 1 (Sec. 3.3)
 
 No negatives. The output collapses without the predictor (Table 5b), and with tau = 0 unless the
-predictor learns faster than the rest (Table 21). With an optimal predictor the online network
-lowers the variance of z' that z does not explain, and no constant z does that (Sec. 3.2). xi
-averages parameters only: the target is in train mode and has running statistics of its own.
+predictor learns faster than the rest (Table 21). With an optimal predictor the gradient lowers the
+variance of z' that z does not explain; a constant z explains none, so it is no minimum (Sec. 3.2).
+xi averages parameters only: the target is in train mode, with running statistics of its own.
 
 Differences from the authors' code: bfloat16 where the hardware supports it; online and target
-network start equal; torchvision's crops, color operations and ResNet-18, -34; solarization from
-level 128 of 255; symmetric padding; PyTorch's initialization; the rest of an epoch is dropped; lr
-and epochs of the later stages are fixed (paper: chosen on images held out); fractions of labels
-are drawn by the seed; fine-tuning synchronizes batch norm; kNN instead of an online classifier; the
-demo has a batch norm after the projector. Official checkpoints (pickles of JAX) are not read.
+network start equal; torchvision's bilinear crops, color operations and ResNet-18, -34; solarization
+from level 128 of 255; convolutions padded symmetrically; PyTorch's initialization; the rest of an
+epoch is dropped; later stages have one lr (paper: chosen on images held out); the seed draws the
+labeled images; fine-tuning synchronizes batch norm; kNN instead of an online classifier; the demo
+has batch norm after the projector. The authors' checkpoints (pickles of JAX) are not read.
 
     python byol.py                                             # built-in images, on any machine
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs (paper: 74.3 %)
@@ -76,7 +76,7 @@ class Pretrain:
     arch: Literal[ARCHS] = "resnet50"
     width: float = 1.0                  # of a ResNet: multiplies all channel counts, Table 1
     small_images: bool = False          # 3x3 stem without pooling, for 32 px
-    zero_init_residual: bool = True     # of bottlenecks: authors' code. The paper's numbers: False
+    zero_init_residual: bool = True     # authors' code, if bottlenecks. The paper's numbers: False
     patch_size: int = 16                # of a ViT, pixels: arXiv:2104.02057, Table 2
     heads: int = 0                      # 0: arXiv:2104.02057, Table 2, 12 in vit_small
     patch_projection: Literal["frozen", "learned"] = "frozen"  # arXiv:2104.02057, Sec. 4.2
@@ -84,7 +84,7 @@ class Pretrain:
     dim: int = 256                      # d, authors' code
     output_bn: bool = False             # batch norm after the projector: ours, for the demo
     # optimization
-    optimizer: Literal["lars", "adamw", "sgd"] = "lars"  # sgd as in lightly: lr 0.1, decay 5e-4
+    optimizer: Literal["lars", "adamw", "sgd"] = "lars"  # sgd as in lightly: lr 0.12, decay 5e-4
     epochs: int = 1000                  # Sec. 3.3
     batch_size: int = 4096              # of all processes together, Sec. 3.3
     base_lr: float = 0.2                # lr = base_lr * batch_size / 256. 0.4 at batch 512, App. G
@@ -106,7 +106,7 @@ class Pretrain:
     # ablations
     predictor: Literal["mlp", "none"] = "mlp"  # Table 5b: 0.2 % with none
     predictor_lr_mult: float = 1.0      # lambda, Table 21: with tau 0 5.5 % at 1, 66.6 % at 10
-    tau_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to 1 at the end, Sec. 3.3
+    tau_schedule: Literal["cosine", "constant"] = "cosine"  # to 1, Sec. 3.3; tau 0: constant
     target: Literal["ema", "online"] = "ema"  # online: theta itself, with gradient, Table 5b
     beta: float = 0.0                   # weight of negatives, Table 5b
     alpha: float = 0.1                  # their temperature, Table 19
@@ -147,7 +147,7 @@ PRETRAIN = {
         IMAGENET_300, arch="vit_small", optimizer="adamw", base_lr=1e-4, warmup_epochs=40.0,
         weight_decay=0.03),
     "cifar": CIFAR, "demo": DEMO, "stl10": dataclasses.replace(CIFAR, image_size=96)}  # ours
-# App. C.1 chooses lr among 0.005, 0.01, 0.02, 0.05, 0.1 and epochs among 30, 50. Which, here: ours.
+# App. C.1 sweeps lr 0.005, 0.01, 0.02, 0.05, 0.1 (here base_lr) and 30, 50 epochs. These: ours.
 FINETUNE = Linear(labels="0.01", base_lr=0.02, epochs=50, batch_size=1024)
 CIFAR_FINETUNE = dataclasses.replace(FINETUNE, base_lr=0.1, batch_size=50)  # ours
 RECIPES = {
@@ -256,14 +256,14 @@ def unit(x: Tensor) -> Tensor:
 def byol_loss(p: Tensor, z: Tensor, *, stop_grad: bool = True) -> Tensor:
     """One direction of Eq. (2), |p / |p| - z / |z||^2 = 2 - 2 cos(p, z), averaged over this
     process's images. p: predictions, z: the target's projections of the other view, [B, d] -> [].
-    The loss is the sum of both (Sec. 3.1), 0 to 8, 4 at random. A factor matters (App. F.5)."""
+    The loss is the sum of both (Sec. 3.1), 0 to 8, 4 at random; not their mean (App. F.5)."""
     return 2 - 2 * (unit(p) * unit(z.detach() if stop_grad else z)).sum(dim=1).mean()
 
 
 def negatives_loss(p: Tensor, z: Tensor, z_same: Tensor, alpha: float) -> Tensor:
-    """What beta weights in Table 5b, 2 alpha log sum exp(cos(p, .) / alpha), averaged over this
-    process's images. The sum is over the targets of the other view and, but for the image's own, of
-    the same view (App. F.5), of all processes; with gradient, if they have one. p, z, z_same [B, d]
+    """The term of Table 5b that beta weights: 2 alpha log sum exp(cos(p, .) / alpha), averaged over
+    this process's images. The sum is over all processes' targets: all of the other view z, and all
+    of the same view except the image's own (App. F.5); with gradient, if they have one. [B, d] each
     -> []. byol_loss + negatives_loss is 2 alpha InfoNCE + 2 (Table 19)."""
     with torch.autocast(p.device.type, enabled=False):  # it would round the products
         p, z, z_same = unit(p), gather_with_grad(unit(z)), gather_with_grad(unit(z_same))
@@ -306,8 +306,8 @@ def ema_tau(step: int, total_steps: int, base_tau: float) -> float:
 
 
 def scaled_tau(args) -> float:
-    """--base-tau; the recipe's for this batch size, tau ** (batch_size / the recipe's), which makes
-    App. G's 0.9995 at 512 of 0.996 at 4096 (rule: arXiv:2307.13813)."""
+    """tau at the first step: unless another is given, the recipe's ** (batch_size / the recipe's)
+    (arXiv:2307.13813), which turns 0.996 at 4096 into App. G's 0.9995 at 512."""
     recipe = RECIPES["pretrain"][args.recipe]
     given = args.base_tau != recipe.base_tau
     return args.base_tau ** (1 if given else args.batch_size / recipe.batch_size)

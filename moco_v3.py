@@ -17,16 +17,16 @@ statistics come from its own batches, and only --init-encoder momentum_encoder u
 
 Algorithm 1 updates f_k last, the authors' code before the keys, with the m of that step. As f_k
 starts as a copy of f_q, both make the same keys if the update after step t takes the m of step
-t + 1, as it does here. The last update, where m = 1, has no counterpart in their code.
+t + 1, as it does here. Their code has no counterpart of the last update (m = 1 by the cosine).
 
 The code differs from the paper: m rises to 1 for ViTs too; ResNets have heads and recipes of their
-own; linear evaluation with batch 1024 and one lr (paper: 4096, lr swept). This file differs from
-the code: bfloat16 where the hardware supports it, not float16; Gaussian blur with a sampled kernel,
-not PIL's approximation; colors not rounded to 8 bits between operations; added: kNN. Where neither
-is clear the choice is ours: ViT-BN's batch norms, what LAMB excludes, the norms of Fig. 4 (L2).
+own; linear evaluation has batch 1024 and one lr (paper: 4096, lr swept). This file differs from the
+code: bfloat16 where the hardware supports it, not float16; a sampled blur kernel, not PIL's; colors
+not rounded to 8 bits; a ViT takes both views in one pass; kNN. Our choices: ViT-BN's batch norms,
+what LAMB excludes, Fig. 4's norms (absolute L2, the largest since the last line of the log).
 
     python moco_v3.py                                             # built-in images, on any machine
-    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024  # ViT-S (73.2 %)
+    torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --batch-size 1024  # ViT-S
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --arch resnet50    # 100 epochs
     python moco_v3.py --patch-projection learned --base-lr 0.03 --out runs/unstable  # Sec. 4
     python moco_v3.py linear --init runs/moco_v3-demo/last.pt     # linear evaluation, same data
@@ -79,7 +79,7 @@ class Pretrain:
 
     arch: Literal[ARCHS] = "vit_small"  # vit_conv_*: a stem of convolutions, arXiv:2106.14881
     width: float = 1.0                  # of a ResNet: multiplies all channel counts
-    small_images: bool = False          # a ResNet's 3x3 stem; test images without a margin
+    small_images: bool = False          # a ResNet's 3x3 stem; test images are not cropped
     zero_init_residual: bool = True     # of a ResNet: authors' code
     patch_size: int = 16                # pixels, Table 2. vit_huge: 14. Sec. 6.3: 7
     heads: int = 0                      # 0: Table 2's. vit_small has 12 (timm's and DeiT's: 6)
@@ -155,7 +155,7 @@ DEMO = dataclasses.replace(  # shrunk to run in a minute on two CPU cores: ours
 CIFAR_LINEAR = Linear("sgd", 3.0, 100, 256, crop_min=1)  # ours: no crops
 RECIPES = {
     "pretrain": {
-        "imagenet": Pretrain(),  # vit_base too; vit_large and vit_huge: ours
+        "imagenet": Pretrain(),  # vit_base too; for vit_large and vit_huge: our choice
         "imagenet-r50-100": R50,
         "imagenet-r50-300": dataclasses.replace(R50, epochs=300, base_lr=0.3),
         "imagenet-r50-1000": dataclasses.replace(
@@ -207,11 +207,12 @@ def build_encoder(args) -> nn.Module:
         encoder.patch_embed.norm = nn.BatchNorm2d(encoder.feature_dim)
     elif projection == "weightnorm":
         nn.utils.parametrizations.weight_norm(encoder.patch_embed.proj)
+    args.heads = encoder.heads  # for encoder.json: timm's vit_small has 6
     return encoder
 
 
 def head(layers: int, in_dim: int, hidden_dim: int, out_dim: int, bn: bool, output_bn: bool):
-    """Linear layers without bias, BN, ReLU. BN at the output has no scale and no shift."""
+    """Linear (no bias), BN, ReLU, repeated. BN at the output has no scale and no shift."""
     modules = []
     for _ in range(layers - 1):
         norm = [nn.BatchNorm1d(hidden_dim)] if bn else []
@@ -237,8 +238,7 @@ class MoCoV3(nn.Module):
             self.predictor = head(2, dim, hidden_dim, dim, bn, predictor_output_bn)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        norms = (nn.BatchNorm1d, nn.BatchNorm2d)  # they would mix the views
-        self.one_pass = not any(isinstance(module, norms) for module in encoder.modules())
+        self.one_pass = "BatchNorm" not in repr(encoder)  # it would mix the views
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Two views [N, 3, S, S] -> q1, q2, k1, k2 [N, C], and the features of x1, for the kNN."""
@@ -269,7 +269,7 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     """ctr(q, k) of Alg. 1: which key, of those of all processes, belongs to the query? q, k [N, C],
     row i from image i of this process -> [], the mean over its queries, in float32 at least; the
     mean over processes is the loss of the global batch. Keys get no gradient. With the factor 2 tau
-    the size of the gradient hardly depends on tau (Alg. 1)."""
+    the gradient's scale is similar for different tau (Alg. 1)."""
     q, k = (x.float() if x.element_size() == 2 else x for x in (q, k))  # not in half precision
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
         q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
