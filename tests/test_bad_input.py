@@ -1,8 +1,10 @@
 """A user's mistake ends the run with one sentence that names the thing, and costs nothing."""
 
+import math
 import os
 import shutil
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,30 +17,22 @@ main = program(simsiam)
 SMALL = [*TINY, "--image-size", "16"]
 
 
-class Evil(str):
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, classes):
     """Folders and files to make mistakes with."""
     root = tmp_path_factory.mktemp("world")
     (root / "empty").mkdir()
     (root / "file").write_text("no folder")
-    shutil.copytree(classes, root / "strange")
-    (root / "strange/val/cat").rename(root / "strange/val/dog")
-    write_images(root / "large", 20)
-    shutil.copytree(root / "large", root / "ruined")
+    for name in ("large", "ruined"):
+        write_images(root / name, 20)
     for path in sorted((root / "ruined").iterdir())[1:]:
         os.truncate(path, 100)
     assert main(*SMALL, "--data", classes, "--steps", 1, "--out", root / "run") == 0
     shutil.copytree(root / "run", root / "cut")
     os.truncate(root / "cut/last.pt", 2000)
-    vit = {"arch": "vit_small", "state_dict": {"module.x": torch.zeros(1)}}
-    for name, content in (("evil", Evil(root / "owned")), ("other", {"epoch": 3}), ("list", [1, 2]),
-                          ("vit", vit)):
-        torch.save(content, root / f"{name}.pt")
+    torch.save(os.abort, root / "evil.pt")  # a pickle may name any function
+    torch.save([1, 2], root / "list.pt")
+    torch.save({"arch": "vit_small", "state_dict": {"x": torch.zeros(1)}}, root / "vit.pt")
     return root
 
 
@@ -48,68 +42,50 @@ def contents(root):
 
 
 # Flags of a command, with {w} for the world and {c} for a good folder, and what is said of them.
-ARGPARSE = {
-    "--lr 0.1": "unrecognized arguments: --lr 0.1", "pretrian": "unrecognized arguments: pretrian",
-    "linear --init none --blur-prob 0.1": "unrecognized arguments: --blur-prob 0.1",
-    "--recipe imagnet": "--recipe: invalid choice: 'imagnet'",
-    "--arch resnet51": "--arch: invalid choice: 'resnet51'",
-    "--batch-size many": "--batch-size: invalid int value: 'many'",
-    "linear --data {c}": "the following arguments are required: --init"}
 RANGES = {
     "--batch-size 1": "2 and inf", "--steps -1": "1 and inf", "--epochs 0": "1 and inf",
     "--base-lr nan": "0 and inf", "--weight-decay -1.0": "0 and inf", "--blur-prob 2.0": "0 and 1",
     "--crop-min 2.0": "0.001 and 1", "--width 0.01": "0.125 and inf"}
 LOADS = "--init takes a run's last.pt or encoder.pt, or the weights of an encoder"
-OURS = {flags: f"{flags}: must be between {limits}" for flags, limits in RANGES.items()} | {
+MISTAKES = {flags: f"{flags}: must be between {limits}" for flags, limits in RANGES.items()} | {
+    "--lr 0.1": "unrecognized arguments: --lr 0.1",
+    "linear --init none --blur-prob 0.1": "unrecognized arguments: --blur-prob 0.1",
+    "--recipe imagnet": "--recipe: invalid choice: 'imagnet'",
+    "linear --data {c}": "the following arguments are required: --init",
     "--data {c} --warmup-epochs 9 --epochs 9": "--warmup-epochs 9: must be less than --epochs 9",
     "--data {w}/nowhere": "--data {w}/nowhere: not a folder, and not one of demo, cifar10",
-    "--data cifar11": "--data cifar11: not a folder, and not one of demo, cifar10",
     "--data {w}/empty": "{w}/empty: no JPEG, PNG or WebP image",
-    "--data {w}/strange": "dog/23_000.png is in none of the 3 class folders that train/ has",
-    "--data {w}/ruined": "ten unreadable files in a row, the last one '{w}/ruined/00_0",
     "--data {w}/ruined --workers 1": "ten unreadable files in a row, the last one '{w}/ruined/00_",
     "--data {c} --batch-size 64": "{c} has 48 images, fewer than --batch-size 64",
-    "--device cuda": "this machine has 0 GPUs: start fewer processes, or use --device cpu",
-    "linear --init none": "none does not say which images to use: give --data",
     "linear --init {w}/run/encoder.pt": "encoder.pt does not say which images to use: give --data",
     "linear --init {w}/run/last.pt --batch-size 8 --data {w}/large":
         "linear needs labels: {w}/large has no train/ and val/",
     "--init {w}/no.pt": "{w}/no.pt cannot be read (FileNotFoundError): " + LOADS,
-    "--init {w}/cut/last.pt": "{w}/cut/last.pt cannot be read (RuntimeError): " + LOADS,
     "linear --init {w}/evil.pt": "{w}/evil.pt cannot be read (UnpicklingError): " + LOADS,
     "linear --init {w}/list.pt": "{w}/list.pt cannot be read (TypeError): " + LOADS,
-    "--init {w}/other.pt": "other.pt does not fit --arch resnet10, width 0.125, small_images True: "
-                           "conv1.weight, bn1.weight, bn1.bias differ",
     "linear --data {c} --init {w}/vit.pt": "vit.pt holds a vit_small, which simsiam.py does not",
     "linear --init {w}/run/last.pt --batch-size 8 --arch resnet18":
         "does not fit --arch resnet18, width 0.125, small_images True: layer1.1.conv1.weight,",
-    "linear --data demo --init {w}/run/encoder.pt --width 0.5":
-        "encoder.pt does not fit --arch resnet10, width 0.5, small_images True: conv1.weight, bn1",
+    "linear --init {w}/run/last.pt --batch-size 8 --width 0.5":
+        "last.pt does not fit --arch resnet10, width 0.5, small_images True: conv1.weight, bn1",
     "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run holds a run with other seed, dim: choose",
-    "--data demo --out {w}/run": "a run with other data, images, file_sizes: choose another --out",
     "--data {c} --out {w}/run --init {w}/run/last.pt": "/run holds a run with other init: choose",
     "--data {c} --out {w}/cut": "cut/last.pt cannot be read (RuntimeError): delete it to start",
-    "--data {c} --out {w}/file": "File exists: '{w}/file'",
     "--data {c} --out {w}/file/run": "Not a directory: '{w}/file/run'"}
 
 
 @pytest.mark.filterwarnings("ignore:cannot read")
-@pytest.mark.parametrize("command", [*ARGPARSE, *OURS])
-def test_a_mistake_gets_one_sentence_and_loses_nothing(command, world, classes, tmp_path, capsys,
-                                                       monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_loses_nothing(command, world, classes, tmp_path, capsys):
     stage, *words = command.format(w=world, c=classes).split()
     words = [stage, "--workers", 0, *words] if stage == "linear" else [*SMALL, stage, *words]
     words += [] if "--out" in words else ["--out", tmp_path / "out"]
     before = contents(world)
-    if command in ARGPARSE:
-        with pytest.raises(SystemExit, match="^2$"):
-            main(*words)
-        said = capsys.readouterr().err.splitlines()[-1]
-    else:
-        said = mistake(simsiam, *words)
-    assert (ARGPARSE | OURS)[command].format(w=world, c=classes) in said and len(said) < 400, said
-    assert contents(world) == before  # and nothing is owned
+    with pytest.raises(SystemExit) as end:
+        main(*words)
+    said = end.value.code if end.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
+    assert MISTAKES[command].format(w=world, c=classes) in said and len(said) < 400, said
+    assert "\n" not in said and contents(world) == before
     assert {path.name for path in contents(tmp_path / "out")} <= {"log.jsonl"}
 
 
@@ -125,20 +101,9 @@ def test_processes_that_no_launcher_made_or_no_gpu_is_left_for(missing, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(simsiam, "world_size", lambda: 3)
-    assert "16 is not a multiple of 3 processes" in mistake(simsiam, *SMALL, "--out", tmp_path)
-
-
-def failing(error):
-    def fail(*args, **how):
-        raise error
-    return fail
-
-
 @pytest.mark.parametrize("error", [OSError("<urlopen error no network>"), RuntimeError("broken")])
 def test_a_data_set_that_cannot_be_downloaded(error, tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", failing(error))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Mock(side_effect=error))
     assert mistake(simsiam, "--data", "cifar10", "--data-root", tmp_path, "--out", tmp_path) == (
         f"cannot download cifar10 to --data-root {tmp_path}: {error}")
 
@@ -156,26 +121,16 @@ def test_a_folder_in_which_a_run_is_at_work(classes, tmp_path):
     assert main(*command, "--steps", 1) == 0  # free again
 
 
-def half(state, file):
-    file.write(b"half")
-    raise OSError(28, "No space left on device")
-
-
-def poison(optimizer):
-    optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
-
-
-FULL = "cannot write {}/last.pt: [Errno 28] No space left on device; the last checkpoint is intact"
-SHARED = RuntimeError("unable to open shared memory object </torch_1> in read-write mode")
-
-
 @pytest.mark.parametrize("stage", simsiam.STAGES)
 @pytest.mark.parametrize("owner, name, fault, said", [
-    (torch, "save", half, FULL),
-    (os, "fsync", failing(OSError(28, "No space left on device")), FULL),
-    (torch.optim.SGD, "step", poison, "not finite: try a lower --base-lr (last.pt is from before)"),
-    (simsiam, "agree", failing(KeyboardInterrupt()), "interrupted: the same command continues it"),
-    (simsiam, "agree", failing(SHARED), "/dev/shm is too small: use --workers 0, or docker")])
+    (os, "fsync", Mock(side_effect=OSError(28, "No space left on device")),  # after all is written
+     "cannot write {}/last.pt: [Errno 28] No space left on device; the last checkpoint is intact"),
+    (torch.optim.SGD, "step", lambda sgd: sgd.param_groups[0]["params"][0].data.fill_(math.nan),
+     "not finite: try a lower --base-lr (last.pt is from before)"),
+    (simsiam, "agree", Mock(side_effect=KeyboardInterrupt),
+     "interrupted: the same command continues it"),
+    (simsiam, "agree", Mock(side_effect=RuntimeError("unable to open shared memory object </x>")),
+     "/dev/shm is too small: use --workers 0, or docker")])
 def test_what_fails_at_work_leaves_the_last_checkpoint_whole(stage, owner, name, fault, said, world,
                                                              classes, tmp_path, monkeypatch):
     linear = ["linear", "--init", world / "run/last.pt", "--workers", 0, "--batch-size", 16]

@@ -1,4 +1,4 @@
-"""Data as people have it: folders of all kinds, torchvision's sets, the order of images."""
+"""Data as people have it: folders of all kinds, torchvision's sets, views."""
 
 import os
 import warnings
@@ -11,21 +11,15 @@ from conftest import TINY, mistake, on_ranks, program, write_images
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
+import helpers
 import simsiam
 
 main = program(simsiam)
 
 
 def settled(data, *flags, stage="pretrain"):
-    words = [stage, "--init", "none", "--data", data, "--recipe", "demo", "--batch-size", 4,
-             "--workers", 0, *flags]
-    args = simsiam.settle(simsiam.parse_args([*map(str, words)]))
-    args.device, args.dtype = torch.device("cpu"), torch.float32
-    return args
-
-
-def read(images, i):
-    return simsiam.FileCrops(images, None).read(i)[0]
+    return helpers.settled(simsiam, stage, "--init none --recipe demo --batch-size 4 --workers 0",
+                           "--data", data, *flags, precision="fp32", dtype=torch.float32)
 
 
 def center(images, args, *indices):
@@ -33,7 +27,8 @@ def center(images, args, *indices):
     return x, labels.tolist()
 
 
-def test_any_tree_of_images_is_found_and_converted(tmp_path, capsys):
+@pytest.mark.filterwarnings("error::UserWarning")  # all can be read
+def test_any_tree_of_images_is_found_and_converted(tmp_path):
     root, pixels = tmp_path / "root", np.random.default_rng(0).integers(0, 256, (150, 140, 4), "u1")
     for folder in ("a", "b/c", "x.jpg", ".ipynb_checkpoints", "out", "../elsewhere"):
         write_images(root / folder, 1)
@@ -50,10 +45,8 @@ def test_any_tree_of_images_is_found_and_converted(tmp_path, capsys):
              "x.jpg/00_000.jpg", "y/00_000.jpg"]
     assert [os.path.relpath(path, root) for path in data.train.paths] == names
     assert data.train.labels.tolist() == [-1] * 8 and data.val is None
-    assert "8 images, unlabeled" in capsys.readouterr().out
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # all can be read
-        shown = {name: read(data.train, i) for i, name in enumerate(names)}
+    files = simsiam.FileCrops(data.train, None)
+    shown = {name: files.read(i)[0] for i, name in enumerate(names)}
     assert all(x.dtype == torch.uint8 and x.shape[0] == 3 for x in shown.values())
     rgb = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(shown["photo.webp"], rgb[:3]) and torch.equal(shown["rgba.png"], rgb[:3])
@@ -61,20 +54,16 @@ def test_any_tree_of_images_is_found_and_converted(tmp_path, capsys):
         assert torch.equal(shown[name], rgb[:1].expand(3, -1, -1)), name
 
 
-UNLABELED = "no train/ and val/ here; all images below it are used, unlabeled"
-ONE_CLASS = "train: fewer than two class folders; all images below it are unlabeled"
-NO_CLASS = "00_000.png is in none of the 2 class folders that train/ has"
-
-
 @pytest.mark.parametrize("folders, train, val, said", [  # c/ is empty
     ("train/b train/a val/b val/a", [0, 1], [0, 1], "2 images, 2 classes"),
     ("train/b/x/a train/a train/c/ val/b/y", [0, 1], [1], "2 classes"),  # none of a in val
-    ("train/a train/.d val/a val/b", [-1], None, ONE_CLASS),
-    ("train val/a val/b", [-1], None, ONE_CLASS),
-    ("train/a train/b", [-1, -1], None, UNLABELED), ("a val/a", [-1, -1], None, UNLABELED),
-    ("train/a train/b val/a val/c", 0, 0, "/val/c/" + NO_CLASS),
-    ("train/a train/b val", 0, 0, "/val/" + NO_CLASS),
-    ("train train/a train/b val/a", 0, 0, "/train/" + NO_CLASS)])
+    ("train/a train/.d val/a val/b", [-1], None, "train: fewer than two class folders; all images"),
+    ("train val/a val/b", [-1], None, "train: fewer than two class folders; all images below it"),
+    ("train/a train/b", [-1, -1], None, "no train/ and val/ here; all images below it are used"),
+    ("a val/a", [-1, -1], None, "no train/ and val/ here; all images below it are used, unlabeled"),
+    ("train/a train/b val/a val/c", 0, 0, "/val/c/00_000.png is in none of the 2 class folders"),
+    ("train/a train/b val", 0, 0, "/val/00_000.png is in none of the 2 class folders that train/"),
+    ("train train/a train/b val/a", 0, 0, "/train/00_000.png is in none of the 2 class folders")])
 @pytest.mark.parametrize("size", [8, 100])  # in memory, on disk
 def test_labels_come_from_train_and_val(folders, train, val, said, size, tmp_path, capsys):
     for folder in folders.split():
@@ -99,7 +88,7 @@ def test_small_images_of_one_size_live_in_memory(sizes, kind, held, tmp_path):
     images = simsiam.load_data(settled(tmp_path)).train
     assert (images.pixels is not None) == held and len(images.paths) == 6 * len(sizes)
     for i, path in enumerate(images.paths):
-        x = images.pixels[i] if held else read(images, i)
+        x = images.pixels[i] if held else simsiam.FileCrops(images, None).read(i)[0]
         assert torch.equal(x, torchvision.io.decode_image(path))
 
 
@@ -109,7 +98,8 @@ def test_the_next_file_takes_the_place_of_an_unreadable_one(how, size, tmp_path)
     for folder in ("train/a", "train/b", "val/a"):
         write_images(tmp_path / folder, 4, seed=ord(folder[-1]), size=(size, size), kind="png")
     frames = [Image.new("RGB", (size, size), color) for color in ("red", "blue")]
-    for path in (tmp_path / "train/a/97_003.png", tmp_path / "train/b/98_003.png"):
+    names = ["a/97_003.png", "b/98_003.png"]
+    for path in (tmp_path / "train" / name for name in names):
         if how == "cut short":
             os.truncate(path, 90)
         elif how == "an animation":
@@ -124,7 +114,7 @@ def test_the_next_file_takes_the_place_of_an_unreadable_one(how, size, tmp_path)
         (x, labels), _ = (center(images, args, *range(8)) for _ in range(2))
     assert labels == [0, 0, 0, 1, 1, 1, 1, 0]  # the last one's next is the first
     assert torch.equal(x[3], x[4]) and torch.equal(x[7], x[0]) and len(x.unique(dim=0)) == 6
-    for name, told in zip(("a/97_003.png", "b/98_003.png"), said, strict=True):  # once each
+    for name, told in zip(names, said, strict=True):  # once each
         assert f"{name}': using the next file" in str(told.message)
 
 
@@ -154,8 +144,8 @@ class FakeSet:
     def __init__(self, root, train=None, split=None, download=False):
         self.calls.append((root, download))
         n = 6 if train or split == "train" else 10 if split == "train+unlabeled" else 4
-        self.data = np.random.default_rng(n).integers(0, 256, (n, 32, 32, 32), np.uint8)
-        self.data = self.data[..., :3] if split is None else self.data[:, :3]
+        pixels = helpers.uniform(n, 3, 32, 31, seed=n).mul(256).byte().numpy()
+        self.data = pixels if split else pixels.transpose(0, 2, 3, 1)
         self.targets = [0, 1] * 3 + [-1] * 4 if n == 10 else [0, 1] * (n // 2)
         self.labels = np.array(self.targets)
 
@@ -168,46 +158,25 @@ def test_torchvisions_sets_are_loaded_and_rank_0_alone_downloads(name, stage, si
     for rank in (0, 1):
         FakeSet.calls = []
         monkeypatch.setattr(simsiam, "rank", lambda: rank)
-        data = simsiam.load_data(settled(name, "--data-root", "sets", stage=stage))
+        data = simsiam.load_data(settled(name, "--data-root sets", stage=stage))
         assert any(download for _, download in FakeSet.calls) == (rank == 0)
         assert {root for root, _ in FakeSet.calls} == {"sets"} and data.num_classes == 2
     assert [len(images.labels) for images in (data.train, data.bank, data.val)] == sizes
-    pixels = torch.from_numpy(np.random.default_rng(6).integers(0, 256, (6, 32, 32, 32), np.uint8))
-    pixels = pixels[:, :3] if name == "stl10" else pixels[..., :3].permute(0, 3, 1, 2)
+    pixels = helpers.uniform(6, 3, 32, 31, seed=6).mul(256).byte()
     assert torch.equal(data.bank.pixels, pixels) and data.bank.labels.tolist() == [0, 1] * 3
 
 
-def test_any_number_of_processes_sees_the_same_views_and_features(classes, tmp_path):
-    args = settled(classes, "--image-size", 16)
-    data = simsiam.load_data(args)
-    val = simsiam.Images(torch.arange(10), data.val.pixels[:10])  # of 4 processes two have one more
+def test_any_number_of_processes_sees_the_same_features(classes, tmp_path):
+    args = settled(classes, "--image-size 16")
+    pixels = simsiam.load_data(args).val.pixels[:10]  # of 4 processes two have one more
+    images = simsiam.Images(torch.arange(10), pixels)
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768))
-
-    def compute(rank, world):
-        return {"seen": [*simsiam.training_batches(data.train, 0, 30, 2, args)],
-                "features": simsiam.features(encoder, val, args)}
-
-    ranks = on_ranks(compute, tmp_path)
-    h, y = ranks[0][1]["features"]
-    pixels = simsiam.normalize(val.pixels / 255, args.mean, args.std).flatten(1)
-    assert y.tolist() == [*range(10)] and torch.allclose(h, pixels)  # eval mode
+    ranks = on_ranks(lambda rank, world: simsiam.features(encoder, images, args), tmp_path)
+    h, y = ranks[0][1]
+    expected = simsiam.normalize(pixels / 255, args.mean, args.std).flatten(1)
+    assert y.tolist() == [*range(10)] and torch.allclose(h, expected)  # eval mode
     for r, world in ((0, 2), (1, 2), *((r, 4) for r in range(4))):
-        assert all(map(torch.equal, ranks[r][world]["features"], (h, y)))
-        for (i, whole, all_y), (j, x, y_part) in zip(
-                ranks[0][1]["seen"], ranks[r][world]["seen"], strict=True):
-            assert i == j and torch.equal(y_part, all_y.chunk(world)[r])
-            assert torch.equal(x, whole.unflatten(0, (2, world, -1))[:, r].flatten(0, 1))
-
-
-def test_workers_change_nothing_and_the_seed_every_view(photos):
-    runs = []
-    for flags in (("--workers", 0), ("--workers", 2), ("--seed", 1)):
-        args = settled(photos, "--image-size", 16, *flags)
-        images = simsiam.load_data(args).train
-        runs.append(torch.cat([x for _, x, _ in simsiam.training_batches(images, 3, 14, 2, args)]))
-    assert torch.equal(runs[0], runs[1]) and len(runs[0]) == 11 * 8
-    views = torch.cat([runs[0], runs[2]]).flatten(1)
-    assert len(views.unique(dim=0)) == len(views)  # no view twice, over epochs, images and seeds
+        assert all(map(torch.equal, ranks[r][world], (h, y)))
 
 
 def test_views_from_disk_are_those_from_memory(classes):
@@ -235,9 +204,9 @@ def test_the_test_view_is_the_center_on_disk_as_in_memory(flag, shorter, tmp_pat
 
 
 def test_demos_linear_recipe_crops_nothing():
-    args = settled("demo", stage="linear")
-    images = simsiam.load_data(args).train
-    images.labels = torch.arange(4000)
-    for _, crops, labels in simsiam.training_batches(images, 0, 4, 1, args):
-        for crop, x in zip(crops, images.pixels[labels] / 255):
+    args = settled("demo", "--batch-size 64", stage="linear")
+    pixels = (helpers.uniform(64, 3, 32, 32) * 255).byte()
+    images = simsiam.Images(torch.arange(64), pixels)
+    for _, crops, labels in simsiam.training_batches(images, 0, 1, 1, args):
+        for crop, x in zip(crops, pixels[labels] / 255, strict=True):
             assert torch.allclose(crop, x) or torch.allclose(crop, x.flip(2))
