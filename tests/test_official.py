@@ -16,6 +16,8 @@ import pytest
 import torch
 from helpers import assert_fields, settled
 
+import byol
+import common
 import dcl
 import moco_v3
 import simsiam
@@ -164,6 +166,68 @@ def moco_v3_steps(case: str, steps: int = 5) -> dict:
     return ours | (record.summary(model.state_dict(), "after") if steps == record.STEPS else {})
 
 
+# -------------------------------------------------------------------------------------------- BYOL
+
+
+def byol_recipe(epochs: str) -> dict:
+    """Settings and schedules. An epoch of theirs has 1281167 / 4096 steps, not a whole number, and
+    run and warm-up are rounded down to whole steps; ours has 312. The schedules are compared at
+    their steps, as if an epoch was one step."""
+    record = recorder("byol")
+    args = settled(byol, "--recipe", "imagenet" if epochs == "1000" else f"imagenet-{epochs}")
+    total, warmup = (int(x * record.IMAGES / args.batch_size)
+                     for x in (args.epochs, args.warmup_epochs))
+    found = {"settings": {name: [getattr(args, name)] for name in (
+        "base_lr", "base_tau", "dim", "hidden_dim", "width", "momentum", "weight_decay")}}
+    found["settings"] |= {"total": [total], "warmup": [warmup],
+                          "depth": [int(args.arch.removeprefix("resnet"))]}
+    args.epochs, args.warmup_epochs, lr = total, warmup, args.base_lr * args.batch_size / 256
+    steps = record.points(total, warmup)
+    return found | {
+        "lr": {str(step): [lr * byol.warmup_cosine(step, args)] for step in steps},
+        "tau": {str(step): [byol.ema_tau(step, total, byol.scaled_tau(args))] for step in steps}}
+
+
+def byol_steps(case: str, steps: int = 5) -> dict:
+    if case != "steps":
+        return byol_recipe(case.removeprefix("recipe "))
+    record = recorder("byol")
+    args = settled(byol, "--recipe imagenet-300 --width 0.25 --image-size 33 --dim 16 --epochs 3",
+                   "--hidden-dim 64 --warmup-epochs 1 --batch-size 16 --base-lr 32",
+                   "--weight-decay 0.01 --base-tau 0.9")
+    assert {name: getattr(args, name) for name in record.SETTINGS} == record.SETTINGS
+    encoder = common.ResNet(common.Bottleneck, record.BLOCKS, args.width, 0.0, args.small_images)
+    model = byol.BYOL(encoder, args.dim, args.hidden_dim, args.output_bn, args.predictor,
+                      args.target).double().train()
+    parameters = dict(model.named_parameters())
+    values, views = record.inputs({name: p.shape for name, p in parameters.items()})
+    model.load_state_dict(values, strict=False)  # the buffers of the batch norms stay
+
+    def state():  # theirs of the variances are biased
+        return {name: x for name, x in model.state_dict().items()
+                if not name.endswith(("running_var", "num_batches_tracked"))}
+
+    ours = drawn.summary(state(), record.NUMBERS, "before") | {
+        "adapted": {}, "loss": {"loss": []}, "lr": {"lr": []}, "tau": {"tau": []}, "gradients": {},
+        "target": {name: [] for name in parameters if name.startswith("target_")}}
+    optimizer = byol.build_optimizer(model, args)
+    for step, x in enumerate(views[:steps]):
+        tau = byol.ema_tau(step, args.epochs * record.PER_EPOCH, byol.scaled_tau(args))
+        x1, x2 = (byol.normalize(view, args.mean, args.std) for view in x)
+        loss, _ = byol.train_step(model, optimizer, x1, x2, step / record.PER_EPOCH, tau, args)
+        if step == 0:  # where LARS does not adapt, its momentum starts as the gradient
+            ours["adapted"] = {name: [float(not torch.equal(
+                optimizer.state[p]["momentum_buffer"], p.grad))]
+                for name, p in parameters.items() if p.grad is not None}
+        ours["loss"]["loss"].append(loss.item())
+        ours["lr"]["lr"].append(optimizer.param_groups[0]["lr"])
+        ours["tau"]["tau"].append(tau)
+        gradient_norms(model, ours["gradients"])
+        for name, norms in ours["target"].items():
+            norms.append(parameters[name].norm().item())
+    return ours | (drawn.summary(state(), record.NUMBERS, "after") if steps == record.STEPS else {})
+
+
 # ---------------------------------------------------------------------------------------- settings
 
 
@@ -177,9 +241,9 @@ def test_our_recipes_are_the_authors_commands(script, flags):
 
 # ------------------------------------------------------------------------------------- comparisons
 
-OURS = {"simsiam": simsiam_steps, "dcl": dcl_steps, "moco_v3": moco_v3_steps}
-SCRIPTS = {"simsiam": "simsiam", "dcl": "dcl", "moco_v3": "moco_v3"}
-COMMITS = {"simsiam": "a7bc177", "dcl": "a419ef2", "moco_v3": "c349e6e"}
+OURS = {"simsiam": simsiam_steps, "dcl": dcl_steps, "moco_v3": moco_v3_steps, "byol": byol_steps}
+SCRIPTS = {"simsiam": "simsiam", "dcl": "dcl", "moco_v3": "moco_v3", "byol": "byol"}
+COMMITS = {"simsiam": "a7bc177", "dcl": "a419ef2", "moco_v3": "c349e6e", "byol": "f5de0ed"}
 
 
 @pytest.mark.parametrize("method, case", [
@@ -198,6 +262,10 @@ def test_our_steps_are_the_authors(method, case):
 VECTORS = """groups = [{**group, "params": [p for p in group["params"] if (p.ndim > 1) == large],
                "weight_decay": large * args.weight_decay} for group in groups for large in (0, 1)]
     return torch.optim.SGD(groups,"""
+EMA = """with torch.no_grad():
+        update_ema(*getattr(model, "module", model).averaged(), tau)"""
+PASS = "t1 = self.target_projector(self.target_encoder(x1))"
+VIEWS = "self.projector(self.encoder(x1)), self.projector(self.encoder(x2))"
 M = "margins(z1, z2, temperature, negatives)[0]"
 MUTANTS = {  # name: method, case, function; its text, the mistake; steps, where it must show
     "no stop-gradient": ("simsiam", "constant", "simsiam_loss",
@@ -233,6 +301,28 @@ MUTANTS = {  # name: method, case, function; its text, the mistake; steps, where
                          1, "loss, keys"),
     "LARS adapts vectors": ("moco_v3", "resnet", "LARS", "exclude_1d: bool = True",
                             "exclude_1d: bool = False", 2, "momentum encoder"),
+    "target follows before the step": (
+        "byol", "steps", "train_step",
+        f"optimizer.step()\n    {EMA}", f"{EMA}\n    optimizer.step()", 2, "target"),
+    "target in eval mode": (
+        "byol", "steps", "BYOL",
+        PASS, f"self.target_encoder.eval(), self.target_projector.eval()\n                {PASS}",
+        1, "loss, gradients"),
+    "decay and adaptation of vectors": (
+        "byol", "steps", "LARS", "exclude_1d: bool = True", "exclude_1d: bool = False",
+        3, "adapted, loss, target"),
+    "decay of vectors": (
+        "byol", "steps", "LARS", "u, n = [p.grad for p in params]",
+        'u, n = [p.grad + (p.ndim < 2) * group["weight_decay"] * p for p in params]',
+        3, "adapted, loss, target"),
+    "both views in one pass": (
+        "byol", "steps", "BYOL", f"z1, z2 = t1, t2 = {VIEWS}",
+        "z1, z2 = t1, t2 = self.projector(self.encoder(torch.cat([x1, x2]))).chunk(2)",
+        1, "loss, gradients"),
+    "warm-up counted in the cosine": (
+        "byol", "recipe 300", "warmup_cosine",
+        "(epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)",
+        "epoch / args.epochs", 5, "lr"),
 }
 
 
