@@ -1,6 +1,6 @@
 """BYOL: Bootstrap Your Own Latent, A New Approach to Self-Supervised Learning (Grill et al., 2020).
 
-Paper: https://arxiv.org/abs/2006.07733, the version of 35 pages. Sec., Eq., Table and App. refer to
+Paper: https://arxiv.org/abs/2006.07733 (35-page version). Sec., Eq., Table and App. refer to
 it. Authors' code: google-deepmind/deepmind-research at f5de0ed, folder byol (JAX); where the two
 differ we follow the code. Algorithm 1:
 
@@ -12,16 +12,16 @@ differ we follow the code. Algorithm 1:
     xi = tau * xi + (1 - tau) * theta  # with the new theta; tau rises to 1 (Sec. 3.3)
 
 No negatives. The output collapses without the predictor (Table 5b), and with tau = 0 unless the
-predictor learns faster than the rest (Table 21). With an optimal predictor the gradient lowers the
-variance of z' that z does not explain; a constant z explains none, so it is no minimum (Sec. 3.2).
-xi averages parameters only: the target is in train mode, with running statistics of its own.
+predictor learns faster than the rest (Table 21). With an optimal predictor the gradient reduces
+the variance of z' given z, and a constant z is not a minimum (Sec. 3.2). xi averages only
+parameters: the target is in train mode, with its own running statistics.
 
 Differences from the authors' code: bfloat16 where the hardware supports it; online and target
 network start equal; torchvision's bilinear crops, color operations and ResNet-18, -34; solarization
-from level 128 of 255; convolutions padded symmetrically; PyTorch's initialization; the rest of an
-epoch is dropped; later stages have one lr (paper: chosen on images held out); the seed draws the
+from level 128 of 255; convolutions padded symmetrically; PyTorch's initialization; incomplete
+batches are dropped; later stages have one lr (paper: tuned on held-out images); --seed selects the
 labeled images; fine-tuning synchronizes batch norm; kNN instead of an online classifier; the demo
-has batch norm after the projector. The authors' checkpoints (pickles of JAX) are not read.
+has batch norm after the projector. The authors' checkpoints (JAX pickles) cannot be loaded.
 
     python byol.py                                             # built-in images, on any machine
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs (paper: 74.3 %)
@@ -76,7 +76,7 @@ class Pretrain:
     arch: Literal[ARCHS] = "resnet50"
     width: float = 1.0                  # of a ResNet: multiplies all channel counts, Table 1
     small_images: bool = False          # 3x3 stem without pooling, for 32 px
-    zero_init_residual: bool = True     # authors' code, if bottlenecks. The paper's numbers: False
+    zero_init_residual: bool = True     # authors' code, for bottlenecks. The paper used False
     patch_size: int = 16                # of a ViT, pixels: arXiv:2104.02057, Table 2
     heads: int = 0                      # 0: arXiv:2104.02057, Table 2, 12 in vit_small
     patch_projection: Literal["frozen", "learned"] = "frozen"  # arXiv:2104.02057, Sec. 4.2
@@ -105,7 +105,7 @@ class Pretrain:
     std: tuple = (0.229, 0.224, 0.225)
     # ablations
     predictor: Literal["mlp", "none"] = "mlp"  # Table 5b: 0.2 % with none
-    predictor_lr_mult: float = 1.0      # lambda, Table 21: with tau 0 5.5 % at 1, 66.6 % at 10
+    predictor_lr_mult: float = 1.0      # lambda, Table 21. With tau 0: 5.5 % at 1, 66.6 % at 10
     tau_schedule: Literal["cosine", "constant"] = "cosine"  # to 1, Sec. 3.3; tau 0: constant
     target: Literal["ema", "online"] = "ema"  # online: theta itself, with gradient, Table 5b
     beta: float = 0.0                   # weight of negatives, Table 5b
@@ -118,12 +118,12 @@ class Pretrain:
 class Linear:
     """Linear evaluation on ImageNet: the authors' code. Fine-tuning has the same fields."""
 
-    init_encoder: Literal["encoder", "target_encoder"] = "encoder"  # of --init
+    init_encoder: Literal["encoder", "target_encoder"] = "encoder"  # which one of --init
     labels: str = "1.0"                 # fraction of the labels, or a file that lists images
     base_lr: float = 0.2                # App. C.1: the best of 0.4, 0.3, 0.2, 0.1, 0.05
     epochs: int = 80
     batch_size: int = 4096              # App. C.1: 1024
-    momentum: float = 0.9               # Nesterov's
+    momentum: float = 0.9               # Nesterov
     weight_decay: float = 0.0
     crop_min: float = 0.08
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
@@ -147,7 +147,7 @@ PRETRAIN = {
         IMAGENET_300, arch="vit_small", optimizer="adamw", base_lr=1e-4, warmup_epochs=40.0,
         weight_decay=0.03),
     "cifar": CIFAR, "demo": DEMO, "stl10": dataclasses.replace(CIFAR, image_size=96)}  # ours
-# App. C.1 sweeps lr 0.005, 0.01, 0.02, 0.05, 0.1 (here base_lr) and 30, 50 epochs. These: ours.
+# App. C.1 sweeps lr 0.005, 0.01, 0.02, 0.05, 0.1 (our base_lr) and 30, 50 epochs. We chose these.
 FINETUNE = Linear(labels="0.01", base_lr=0.02, epochs=50, batch_size=1024)
 CIFAR_FINETUNE = dataclasses.replace(FINETUNE, base_lr=0.1, batch_size=50)  # ours
 RECIPES = {
@@ -167,8 +167,8 @@ COLOR_DRAWS = 13  # uniform random numbers that augment takes for one view of on
 
 
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
-    """Colors, blur, solarization and normalization (App. B) of x [2 * B, 3, S, S] in [0, 1], crops
-    that batches() has made and flipped: t for the first half, t' for the second.
+    """Color jitter, grayscale, blur, solarization and normalization (App. B) of crops
+    x [2 * B, 3, S, S] in [0, 1], already flipped: t for the first half, t' for the second.
     u [2 * B, COLOR_DRAWS]: uniform random numbers."""
     u_jitter, u_gray, u_blur, u_solarize = u.split([9, 1, 2, 1], dim=1)
     prob = torch.tensor([args.blur_prob, args.solarize_prob], dtype=u.dtype)  # of t and of t'
@@ -228,7 +228,7 @@ class BYOL(nn.Module):
         return self.predictor(z1), self.predictor(z2), t1, t2, z1.detach()
 
     def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
-        """xi, and the part of theta that it follows: not the predictor, and no buffers."""
+        """xi, and the part of theta that it averages: no predictor, no buffers."""
         return ([*self.target_encoder.parameters(), *self.target_projector.parameters()],
                 [*self.encoder.parameters(), *self.projector.parameters()])
 
@@ -265,7 +265,7 @@ def negatives_loss(p: Tensor, z: Tensor, z_same: Tensor, alpha: float) -> Tensor
     this process's images. The sum is over all processes' targets: all of the other view z, and all
     of the same view except the image's own (App. F.5); with gradient, if they have one. [B, d] each
     -> []. byol_loss + negatives_loss is 2 alpha InfoNCE + 2 (Table 19)."""
-    with torch.autocast(p.device.type, enabled=False):  # it would round the products
+    with torch.autocast(p.device.type, enabled=False):  # bfloat16 would round the products
         p, z, z_same = unit(p), gather_with_grad(unit(z)), gather_with_grad(unit(z_same))
         own = torch.arange(len(p), device=p.device) + rank() * len(p)
         itself = own[:, None] == torch.arange(len(z), device=p.device)
@@ -277,8 +277,8 @@ def negatives_loss(p: Tensor, z: Tensor, z_same: Tensor, alpha: float) -> Tensor
 
 
 def build_optimizer(model: BYOL, args) -> torch.optim.Optimizer:
-    """LARS without decay and adaptation of norms and biases (authors' code). Groups: f and g; q,
-    whose lr may have a factor (Table 21). The target is in none."""
+    """LARS; norms and biases get no weight decay and no adaptation (authors' code). Groups: f and
+    g; q, whose lr can be scaled (Table 21). The target is not optimized."""
     f = [p for p in [*model.encoder.parameters(), *model.projector.parameters()] if p.requires_grad]
     groups = [{"params": f, "lr_mult": 1.0},
               {"params": [*model.predictor.parameters()], "lr_mult": args.predictor_lr_mult}]
@@ -300,14 +300,14 @@ def warmup_cosine(epoch: float, args) -> float:
 
 
 def ema_tau(step: int, total_steps: int, base_tau: float) -> float:
-    """tau of the step with this number, counted from 0 (Sec. 3.3): from base_tau at 0 to 1 at
-    total_steps, 1 - (1 - base_tau) (cos(pi k / K) + 1) / 2."""
+    """tau at a step, counted from 0 (Sec. 3.3). It rises from base_tau at step 0 to 1 at step
+    total_steps: 1 - (1 - base_tau) (cos(pi k / K) + 1) / 2."""
     return 1 - (1 - base_tau) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
 def scaled_tau(args) -> float:
-    """tau at the first step: unless another is given, the recipe's ** (batch_size / the recipe's)
-    (arXiv:2307.13813), which turns 0.996 at 4096 into App. G's 0.9995 at 512."""
+    """Initial tau: --base-tau if changed, else the recipe's tau ** (batch_size / its batch_size)
+    (arXiv:2307.13813). This turns 0.996 at 4096 into App. G's 0.9995 at 512."""
     recipe = RECIPES["pretrain"][args.recipe]
     given = args.base_tau != recipe.base_tau
     return args.base_tau ** (1 if given else args.batch_size / recipe.batch_size)
@@ -339,12 +339,12 @@ def pretrain(args) -> None:
                  args.target)
     net = distribute(model, args)
     optimizer = build_optimizer(model, args)
-    per_epoch = data.size // args.batch_size  # the rest of an epoch is dropped
+    per_epoch = data.size // args.batch_size  # drops the last, incomplete batch
     total = args.epochs * per_epoch
     start, stop = resume(model, optimizer, total, args)
     base_tau = scaled_tau(args)
     chance = 4 + 4 * args.beta * args.alpha * math.log(2 * args.batch_size - 1)  # all cosines 0
-    print0(f"loss at random: about {chance:.3g}; tau at first: {base_tau:.6g}")
+    print0(f"loss at random: about {chance:.3g}; initial tau: {base_tau:.6g}")
     if start == 0 and args.knn_every:
         log_knn(model.encoder, 0, 0, data, args)
     step, logged, began, saved = start, start, time.time(), time.time()
@@ -383,39 +383,39 @@ def pretrain(args) -> None:
 
 
 def labeled(images: "Images", args) -> "Images":
-    """The images whose labels --labels gives: a fraction, as many of each class or one more, drawn
-    by the seed; or a file that lists images, a line each, by file name or class/name."""
+    """The labeled subset: a class-balanced random fraction (drawn with --seed), or the images in
+    the file --labels, one per line, by file name or class/name."""
     if re.fullmatch(r"[\d.]+", args.labels):
         fraction = float(args.labels)
         if not 0 < fraction <= 1:
-            sys.exit(f"--labels {args.labels}: a fraction is above 0 and at most 1")
+            sys.exit(f"--labels {args.labels}: must be above 0 and at most 1")
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "labels"))
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
-        # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
+        # Prefixes of one order: the 1 % subset is part of the 10 % subset, as in SimCLR's lists.
         each, rest = divmod(max(len(parts), round(fraction * len(order))), len(parts))
         more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
         picked = torch.cat([part[:each + one] for part, one in zip(parts, more)]).sort()[0]
         if fraction == 1:
             return images
     else:
-        places = {}  # of the end of a path: the images that it names
+        places = {}  # file name or class/name -> indices of its images
         for i, path in enumerate(() if images.paths is None else map(Path, images.paths)):
             for name in (path.name, f"{path.parent.name}/{path.name}"):
                 places.setdefault(name, []).append(i)
         lines = [x.strip() for x in Path(args.labels).read_text().splitlines() if x.strip()]
         wrong = [x for x in lines if len(places.get(x, ())) != 1]
         if wrong or not lines:
-            sys.exit(f"--labels {args.labels}: {len(wrong)} of {len(lines)} lines name no image of "
-                     f"the training set, or more than one, the first one {wrong[:1]}")
+            sys.exit(f"--labels {args.labels}: {len(wrong)} of {len(lines)} lines do not match "
+                     f"exactly one training image, for example {wrong[:1]}")
         picked = torch.tensor(sorted({places[x][0] for x in lines}))
     if args.batch_size > len(picked):
-        sys.exit(f"--batch-size {args.batch_size}: --labels has only {len(picked)} images")
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(picked)} labeled images")
     args.config["labeled"] = hashlib.blake2b(picked.numpy().tobytes(), digest_size=8).hexdigest()
     return Images(*(x if x is None else x[picked] for x in vars(images).values()))
 
 
 def linear(args) -> None:
-    """A linear classifier on the frozen encoder: crops and flips, cosine decay per step."""
+    """Train a linear classifier on the frozen encoder: crops, flips, cosine decay per step."""
     data = load_data(args)
     if data.val is None:
         sys.exit(f"linear needs labels: {args.data} has no train/ and val/ with a folder per class")
@@ -460,10 +460,10 @@ def linear(args) -> None:
 
 
 def finetune(args) -> None:
-    """Encoder and linear classifier together (App. C.1): crops, flips, cosine decay per step."""
+    """Train encoder and linear classifier (App. C.1): crops, flips, cosine decay per step."""
     data = load_data(args)
     if data.val is None:
-        sys.exit(f"finetune needs labels: {args.data} has no train/ and val/, a folder per class")
+        sys.exit(f"finetune needs labels: {args.data} has no train/ and val/ of class folders")
     train = labeled(data.train, args)
     encoder = load_encoder(args)
     fc = nn.Linear(encoder.feature_dim, data.num_classes)
@@ -511,23 +511,23 @@ def finetune(args) -> None:
 STAGES = {"pretrain": pretrain, "linear": linear, "finetune": finetune}
 
 # ---------------------------------------------------------------------------------------- plumbing
-# From here to the end all scripts are the same to the letter. First the command line.
+# Everything below is identical in all five scripts. First the command line.
 
 DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
+STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
 
 
 def recipe(stage: str, name: str) -> dict:
-    """All settings of a recipe: the stage's own, and those of the encoder that it works on."""
+    """All settings of a recipe: those of the stage and those of its encoder."""
     encoder = {field: getattr(RECIPES["pretrain"][name], field) for field in ENCODER}
     return {**encoder, **vars(RECIPES[stage][name])}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line. Reads no file: what it leaves open is None until settle() fills it in."""
+    """Parse the command line. Reads no files: unset options stay None until settle() sets them."""
     stage, *argv = argv if argv and argv[0] in STAGES else ["pretrain", *argv]
     parser = argparse.ArgumentParser(
         usage=f"{SCRIPT}.py [{'|'.join(STAGES)}] [flags]", description=__doc__, allow_abbrev=False,
@@ -537,20 +537,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
     add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
-        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
-        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
-    add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
-    add("--workers", type=int, help="data loading processes, for each GPU (default: all cores)")
+        required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
+        "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
+    add("--steps", type=int, default=sys.maxsize, help="stop at this step; raise it to continue")
+    add("--seed", type=int, default=0, help="for weights, data order and augmentation (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if available, else cpu")
+    add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; at an epoch's end 1")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
+    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -561,26 +561,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def settle(args) -> argparse.Namespace:
-    """Fills in what the command line left open, from the file of --init or from the recipe."""
+    """Set the unset options, from the --init file or else from the recipe."""
     file = args.initial = {} if args.init == "none" else read_checkpoint(
         args.init, "--init takes a run's last.pt or encoder.pt, or the weights of an encoder")
-    beside = Path(args.init).with_suffix(".json")  # of encoder.pt
+    beside = Path(args.init).with_suffix(".json")  # next to encoder.pt
     about = json.loads(beside.read_text()) if beside.exists() else file.get("config", {}) | file
     defaults = {"data_root": "data"} | ({"data": "demo"} if args.stage == "pretrain" else {
         x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
     vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
     if args.data is None:
-        sys.exit(f"{args.init} does not say which images to use: give --data")
+        sys.exit(f"{args.init} does not name a data set: use --data")
     if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
         sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
     if args.recipe not in RECIPES[args.stage]:
-        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # its first recipe for a ResNet or a ViT
         args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
                             and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
     settings = recipe(args.stage, args.recipe)
     vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
     if args.arch not in ARCHS:
-        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
+        sys.exit(f"{args.init} contains {args.arch}, which {SCRIPT}.py does not support")
     for name, value in vars(args).items():
         most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
         for x in value if type(value) in (list, tuple) else [value]:
@@ -617,7 +617,7 @@ def setup(args) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
     if args.batch_size % world_size():
         sys.exit(f"--batch-size {args.batch_size} is not a multiple of {world_size()} processes")
-    if args.workers is None:  # the cores that this process may use, which may be fewer than all
+    if args.workers is None:  # cores available to this process, maybe not all
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
@@ -627,22 +627,22 @@ def setup(args) -> None:
         try:
             import fcntl
             lock = os.open(os.path.join(args.out, "lock"), os.O_CREAT | os.O_WRONLY)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
         except BlockingIOError:
-            sys.exit(f"another run is at work in {args.out}: choose another --out")
+            sys.exit(f"{args.out} is in use by another run: choose another --out")
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
 
 
 def distribute(model: nn.Module, args) -> nn.Module:
-    """The model on its device; with several processes, with the global batch's gradients and BN."""
+    """Move the model to the device. With several processes: wrap it in DDP, synchronize BN."""
     model.to(args.device, args.dtype)
     return model if world_size() == 1 else nn.parallel.DistributedDataParallel(
         sync_batch_norm(model), broadcast_buffers=False)
 
 
 def autocast(args):
-    """bfloat16 for the forward pass. --precision auto: where it is native, on a CPU for ResNets."""
+    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -651,12 +651,12 @@ def autocast(args):
 
 
 def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether one was told to stop. Ends a diverged run."""
+    """Mean loss over processes, and whether any was signaled to stop. Exits on divergence."""
     finite = torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all()
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: try a lower --base-lr (last.pt is from before)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
     return loss, told > 0
 
 
@@ -666,12 +666,12 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
 @dataclasses.dataclass
 class Images:
     labels: Tensor                    # [n], -1 if unknown
-    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
-    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
+    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device, if they are in memory
+    paths: np.ndarray | None = None   # [n] files, decoded by DataLoader workers if pixels is None
 
 
 def load_data(args) -> argparse.Namespace:
-    """train, its size; and if there are labels, bank (images for kNN), val and num_classes."""
+    """Returns train and its size and, if there are labels, bank (for kNN), val and num_classes."""
     if args.data == "demo":
         train, val = (Images(labels, pixels.to(args.device)) for pixels, labels in (
             demo_images(4000, seed=0), demo_images(1000, seed=1)))
@@ -679,7 +679,7 @@ def load_data(args) -> argparse.Namespace:
     elif args.data in DATA_RECIPES:
         if rank() == 0:
             torchvision_images(args, "train", download=True)
-        all_gather(torch.zeros(1))  # wait for it
+        all_gather(torch.zeros(1))  # wait for the download
         bank, val = torchvision_images(args, "train"), torchvision_images(args, "test")
         unlabeled = args.data == "stl10" and args.stage == "pretrain"
         train = torchvision_images(args, "train+unlabeled") if unlabeled else bank
@@ -706,8 +706,8 @@ def torchvision_images(args, split: str, download: bool = False) -> Images:
 
 
 def image_files(root: str, args) -> dict[str, str]:
-    """The images below root, sorted, and the folder of root that each is in. No hidden files."""
-    found, seen = {}, {os.path.realpath(args.out)}  # each real folder once; not the run folder
+    """Sorted image paths under root, each with its top-level folder. Skips hidden files."""
+    found, seen = {}, {os.path.realpath(args.out)}  # visit each folder once, skip the run folder
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(x for x in folders if x[0] != "." and real not in seen)
@@ -724,23 +724,23 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
     """train, bank and val. The class is the first folder below train/ or val/."""
     splits = [os.path.join(args.data, split) for split in ("train", "val")]
     if not all(map(os.path.isdir, splits)):
-        print0(f"{args.data}: no train/ and val/ here; all images below it are used, unlabeled")
+        print0(f"{args.data}: no train/ and val/, using all images in it without labels")
         return in_memory(image_files(args.data, args), {}, args), None, None
     train, val = (image_files(split, args) for split in splits)
     classes = {name: i for i, name in enumerate(sorted({*train.values()} - {""}))}
     if len(classes) < 2:
-        print0(f"{splits[0]}: fewer than two class folders; all images below it are unlabeled")
+        print0(f"{splits[0]}: fewer than two class folders, using all images without labels")
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is in none of the {len(classes)} class folders that train/ has")
+            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
 
 
 def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
-    """Small images, all of one size, are read once and held like CIFAR's. Others stay files."""
+    """Keep small images of equal size in memory, like CIFAR's. Other images are read when used."""
     labels = torch.tensor([classes.get(name, -1) for name in files.values()])
     images, held = Images(labels, paths=np.array([*files])), []
     for i in range(len(labels)):
@@ -754,8 +754,8 @@ def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
 
 @dataclasses.dataclass
 class FileCrops(Dataset):
-    """Decodes, crops, resizes and flips files, in the loader's workers. A key is (index, u) with
-    u [views, 23], or None for the center crop -> uint8 [views, 3, S, S] and label."""
+    """Decode, crop, resize and flip files, in the DataLoader workers. A key is (index, u); u is
+    [views, 23], or None for the center crop. Returns uint8 [views, 3, S, S] and the label."""
 
     images: Images
     args: argparse.Namespace
@@ -775,13 +775,13 @@ class FileCrops(Dataset):
         return torch.stack(views), label
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
+        """Pixels [3, H, W] and label. Replaces an unreadable file by the next one."""
         for i in (index + np.arange(10)) % len(self.images.labels):
             path = str(self.images.paths[i])
-            try:  # decode_image opens only names in UTF-8
+            try:  # decode_image cannot open names that are not UTF-8
                 x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
                 x = x if x.dtype == torch.uint8 else (x.int() >> 8).byte()  # 16-bit PNG
-                if x.ndim == 3:  # an animation has one dimension more
+                if x.ndim == 3:  # animations have a fourth dimension
                     return x, self.images.labels[i]
             except (OSError, RuntimeError):
                 pass
@@ -790,8 +790,8 @@ class FileCrops(Dataset):
 
 
 def batches(images: Images, plan, args):
-    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], first
-    views before second ones, and labels [b], on the device. u None: center crops."""
+    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], all
+    first views first, and labels [b], on the device. u is None: center crops."""
     if images.pixels is None:
         keys = ([(i, None if u is None else u[k].numpy()) for k, i in enumerate(index.tolist())]
                 for index, u in plan)
@@ -812,7 +812,7 @@ def batches(images: Images, plan, args):
         yield crops, to_device(images.labels[index], args.device)
 
 
-def ignore_signals(worker: int) -> None:  # workers are ended by their parent, which saves first
+def ignore_signals(worker: int) -> None:  # the parent saves, then stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -867,7 +867,7 @@ def log(args, **record) -> None:
 
 
 def save_views(x: Tensor, images: Images, args) -> None:
-    """views.png: the first n images of a run, each above its normalized views x [2n, 3, S, S]."""
+    """Save views.png: the first n images, each above its views (x [2n, 3, S, S], normalized)."""
     if rank() == 0:
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "order", 0))
         shown, _ = next(batches(images, [(order[:len(x) // 2], None)], args))
@@ -877,7 +877,7 @@ def save_views(x: Tensor, images: Images, args) -> None:
 
 
 def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
-    """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
+    """Save last.pt, encoder.pt (for torchvision or timm), and its description encoder.json."""
     if rank() > 0:
         return
     run = {"step": step, "config": args.config, "recipe": args.recipe, "model": model.state_dict(),
@@ -901,19 +901,19 @@ def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> No
 def read_checkpoint(path: str, advice: str) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many kinds of errors
         sys.exit(f"{path} cannot be read ({type(error).__name__}): {advice}")
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
     """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
-    args.config = json.loads(json.dumps(args.config))  # lists for tuples
+    args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
         checkpoint = read_checkpoint(last, "delete it to start over")
         old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
         if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
-            sys.exit(f"{args.out} holds a run with other {', '.join(names)}: choose another --out")
+            sys.exit(f"{args.out} has a run with different {', '.join(names)}: use another --out")
         print0(f"{args.out}: continuing from step {step}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -922,7 +922,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
         sys.exit(f"--out {args.out} must be one folder that all machines share")
     if rank() == 0 and (step == 0 or step < stop):
         lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        lines = [x for x in lines if x.endswith("\n")]  # a kill may cut the last one in two
+        lines = [x for x in lines if x.endswith("\n")]  # a killed run may leave a partial line
         path.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= step))
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
         failed, commit = subprocess.getstatusoutput(git)
@@ -936,7 +936,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """The line that a run ends with: its folder, and the accuracy before and after."""
+    """Print the last line of a run: its folder, and the accuracy before and after training."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
@@ -945,7 +945,7 @@ def summarize(step: int, total: int, args) -> None:
 
 
 def load_encoder(args) -> nn.Module:
-    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    """Build the encoder and load --init, which must match. Ignores a classifier (fc, head)."""
     print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
     try:
         encoder = build_encoder(args)
@@ -972,7 +972,7 @@ def load_encoder(args) -> nn.Module:
 def main(argv: list[str] | None = None) -> int:
     def stop_soon(number, frame):
         STOP.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C exits at once
     args = parse_args(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
@@ -983,15 +983,15 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(0.2)  # torch 2.6's Gloo may deadlock if destroyed right after a collective
             dist.destroy_process_group()
         return 0
-    except (KeyboardInterrupt, OSError) as error:  # OSError: a disk or a network that fails
-        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: the same command continues it")
+    except (KeyboardInterrupt, OSError) as error:  # OSError: disk or network failure
+        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: rerun the command to continue")
     except RuntimeError as error:
         if "shared memory" not in f"{error} {error.__cause__}":
             raise
         sys.exit("/dev/shm is too small: use --workers 0, or docker's --shm-size")
     finally:
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():  # of an error; they ignore SIGTERM
+        for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
 
 

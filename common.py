@@ -3,7 +3,7 @@
     resnet, vit: backbones with torchvision's and timm's parameter names. LARS: the optimizer.
     all_gather, gather_with_grad, sync_batch_norm: several processes. generator, draws: randomness.
     crop_boxes, resized_crop, color_jitter, grayscale, gaussian_blur, solarize, normalize:
-        torchvision's transforms for batches; u holds uniform random numbers, a row for an image.
+        torchvision's transforms for batches; u holds uniform random numbers, one row per image.
     knn_accuracy, feature_std, effective_rank: quality of features. demo_images: the built-in data.
 """
 
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
     def __init__(self, in_dim: int, dim: int, stride: int, sk_ratio: float = 0.0):
         super().__init__()
         if sk_ratio:
-            raise ValueError("selective kernels replace the 3x3 of ResNet-50 and deeper")
+            raise ValueError("selective kernels need ResNet-50 or deeper")
         self.conv1, self.bn1 = conv(in_dim, dim, 3, stride), nn.BatchNorm2d(dim)
         self.conv2, self.bn2 = conv(dim, dim, 3), nn.BatchNorm2d(dim)
         self.downsample = shortcut(in_dim, dim, stride)
@@ -97,7 +97,7 @@ def shortcut(in_dim: int, out_dim: int, stride: int, sk_ratio: float = 0.0) -> n
     if stride == 1 and in_dim == out_dim:
         return None
     pool = []
-    if sk_ratio:  # ResNet-D, which comes along with selective kernels
+    if sk_ratio:  # ResNet-D, used together with selective kernels
         pool, stride = [ShortcutPool(stride)], 1
     return nn.Sequential(*pool, conv(in_dim, out_dim, 1, stride), nn.BatchNorm2d(out_dim))
 
@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         dim = int(64 * width)
         if small_images:  # 3x3 stem without pooling (SimCLR, arXiv:2002.05709, App. B.9)
             self.conv1, self.maxpool = conv(3, dim, 3), nn.Identity()
-        elif sk_ratio:  # ResNet-D's
+        elif sk_ratio:  # ResNet-D's stem
             half, self.maxpool = dim // 2, nn.MaxPool2d(3, 2, padding=1)
             self.conv1 = nn.Sequential(
                 conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
@@ -152,7 +152,7 @@ def resnet(depth: int, width: float = 1, sk_ratio: float = 0.0, small_images: bo
     Raises ValueError for an unknown depth, a width below 0.125 and sk_ratio on basic blocks.
     """
     if depth not in BLOCKS:
-        raise ValueError(f"no ResNet of depth {depth}; there are {', '.join(map(str, BLOCKS))}")
+        raise ValueError(f"no ResNet of depth {depth}: choose {', '.join(map(str, BLOCKS))}")
     if width < 0.125:  # with 4 to 7 channels oneDNN corrupts memory on AVX2 (torch 2.15)
         raise ValueError(f"width {width} is too small: 0.125 is the minimum")
     model = ResNet(*BLOCKS[depth], width, sk_ratio, small_images)
@@ -191,7 +191,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a shortcut. [B, N, D] -> the same."""
+    """Attention and MLP, each pre-norm and with a residual connection. [B, N, D] -> the same."""
 
     def __init__(self, dim: int, heads: int, mlp_norm: str):
         super().__init__()
@@ -202,7 +202,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x.flatten(0, 1)).view_as(x))  # flat: for a batch norm
+        return x + self.mlp(self.norm2(x.flatten(0, 1)).view_as(x))  # flattened for batch norm
 
 
 class PatchEmbed(nn.Module):
@@ -225,8 +225,8 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_table(rows: int, columns: int, dim: int) -> Tensor:
-    """Fixed 2-D position embedding [rows * columns, dim]: a quarter each for sin and cos of the row
-    times 10000^(-4j / dim), j = 0, 1, .., then of the column (MoCo v3's; MAE has columns first)."""
+    """Fixed 2-D position embedding [rows * columns, dim]: sin(w row), cos(w row), sin(w column),
+    cos(w column), w = 10000^(-4j / dim), j = 0, 1, .. (MoCo v3's order; MAE: columns first)."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [x.flatten()[:, None] * omega for x in (row, column)]
@@ -256,7 +256,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != self.image_size:
-            raise ValueError(f"images of {[*x.shape[2:]]} for a ViT of {[*self.image_size]}")
+            raise ValueError(f"images are {[*x.shape[2:]]}, but the ViT takes {[*self.image_size]}")
         x = self.patch_embed(x)
         if self.pooling == "class":
             x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
@@ -282,7 +282,7 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
         grad_checkpoint: bool = False) -> ViT:
     """Builds a ViT (arXiv:2010.11929), initialized as in MoCo v3; names are timm's.
 
-    size: one of VITS. image_size: one number or (height, width). heads: 0 for the size's own.
+    size: one of VITS. image_size: one number or (height, width). heads: 0 for the size's default.
     stem: "patch" or "conv", which replaces one block (arXiv:2106.14881). mlp_norm: "layer" or
     "batch", MoCo v3's ViT-BN (Sec. 6.3). position: "sincos" (fixed), "learned" or "none".
     pooling: "class" token, "mean" of all tokens, or "mean-no-norm". patch_projection: "learned" or
@@ -299,12 +299,12 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
     dim, depth, own_heads = VITS[size]
     heads = heads or own_heads
     if heads < 0 or dim % heads:
-        raise ValueError(f"{heads} heads do not share {dim} channels evenly")
+        raise ValueError(f"heads {heads} does not divide the {dim} channels")
     if patch_size < 1 or any(side % patch_size or side < patch_size for side in sides):
-        raise ValueError(f"an image of {sides[0]} x {sides[1]} pixels has no whole number of "
-                         f"patches of {patch_size}")
+        raise ValueError(f"image size {sides[0]} x {sides[1]} is not divisible by patch size "
+                         f"{patch_size}")
     if stem == "conv" and (patch_size != 16 or patch_projection == "frozen"):
-        raise ValueError("the conv stem makes patches of 16 pixels and has no patch projection")
+        raise ValueError("the conv stem needs patch_size 16 and a learned patch_projection")
     if grad_checkpoint and mlp_norm == "batch":
         raise ValueError("grad_checkpoint would update the running statistics of batch norm twice")
     model = ViT(dim, depth - (stem == "conv"), heads, sides, patch_size, stem, mlp_norm, position,
@@ -313,7 +313,7 @@ def vit(size: str, image_size: int | tuple[int, int] = 224, patch_size: int = 16
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-            if name.endswith("qkv"):  # as three matrices side by side, not as one of 3D x D
+            if name.endswith("qkv"):  # q, k, v as three D x D matrices, not one
                 bound = math.sqrt(6 / (dim + dim))
                 nn.init.uniform_(module.weight, -bound, bound)
     if stem == "patch":  # as a Linear on the pixels of a patch; a conv stem keeps PyTorch's default
@@ -341,7 +341,7 @@ class LARS(torch.optim.Optimizer):
         lr_in_momentum=False:  b = m * b + r * u;       w = w - lr * b      (BYOL, MoCo v3)
         lr_in_momentum=True:   b = m * b + lr * r * u;  w = w - b           (SimCLR)
 
-    Biases and norms (1-D parameters) take u = g, r = 1, unless exclude_1d=False, which without
+    Biases and norms (1-D parameters) use u = g, r = 1, unless exclude_1d=False. The latter without
     weight decay is apex's LARC (SimSiam's linear evaluation). trust_coefficient=None: r = 1.
     """
 
@@ -362,7 +362,7 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            params.sort(key=lambda p: p.ndim <= 1 and group["exclude_1d"])  # these are not adapted
+            params.sort(key=lambda p: p.ndim <= 1 and group["exclude_1d"])  # 1-D ones last
             weights = [p for p in params if p.ndim > 1 or not group["exclude_1d"]]
             u, n = [p.grad for p in params], len(weights)
             if weights:
@@ -396,7 +396,7 @@ def world_size() -> int:
 
 
 def generator(*key) -> torch.Generator:
-    """A stream of random numbers that depends on the key alone, such as (seed, "crop", step)."""
+    """A random number generator seeded by the key alone, for example (seed, "crop", step)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -425,8 +425,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 class GatherWithGrad(torch.autograd.Function):
-    """all_gather in the forward pass. Each process's loss depends on the x of all of them, so the
-    gradient of x is the sum over processes of the gradients of x's rows."""
+    """all_gather in the forward pass, all-reduce (sum) of the gradient in the backward pass: each
+    process's loss depends on the x of all processes."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -445,14 +445,14 @@ def gather_with_grad(x: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Moves x from the CPU, on CUDA without waiting. MPS would read x later, when its memory may
-    already hold something else (pytorch #139550)."""
+    """Move x from the CPU, asynchronously on CUDA. Not on MPS, which may read x after its memory
+    was reused (pytorch #139550)."""
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 class SyncNormalize(torch.autograd.Function):
-    """Batch norm of x [b, C, ...] with the mean and var [C] of all processes' n values a channel,
-    made of torch's batch norm in eval mode. With y = (x - mean) / s, s^2 = var + eps, and sums over
+    """Batch norm of x [b, C, ...] with mean and var [C] over all processes' n values per channel,
+    using torch's batch norm in eval mode. With y = (x - mean) / s, s^2 = var + eps, and sums over
     all processes: dx = weight / s * (dout - sum(dout) / n - y * sum(dout * y) / n)."""
 
     @staticmethod
@@ -474,10 +474,10 @@ class SyncNormalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch.nn.SyncBatchNorm for any device, if all processes have equally many values. torch's own
-    refuses CPU tensors, and on CUDA waits for the GPU in every layer."""
+    """torch.nn.SyncBatchNorm for any device; all processes need inputs of one shape. torch's own
+    rejects CPU tensors, and on CUDA it waits for the GPU in every layer."""
 
-    _check_input_dim = nn.SyncBatchNorm._check_input_dim  # two dimensions at least
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim  # at least two dimensions
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and world_size() > 1):
@@ -502,7 +502,7 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     """Converts every batch norm in place."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = SyncBatchNorm  # same attributes, another forward
+            module.__class__ = SyncBatchNorm  # same attributes, different forward
     return model
 
 
@@ -515,8 +515,8 @@ def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
                flip_prob: float = 0.5) -> tuple[Tensor, ...]:
     """torchvision's RandomResizedCrop.get_params, and a flip, for each row of u [B, 23].
 
-    The area is crop_min to 1 of the image's, the aspect ratio 3/4 to 4/3; the first of ten tries
-    that fits, else a center crop. Returns top, left, height, width, flip; [B] each.
+    The area is crop_min to 1 of the image's, the aspect ratio 3/4 to 4/3. Takes the first of ten
+    tries that fits, or a center crop. Returns top, left, height, width, flip; [B] each.
     """
     area = height * width * (crop_min + (1 - crop_min) * u[:, 0:10])
     ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 10:20])
@@ -533,7 +533,7 @@ def crop_boxes(u: Tensor, height: int, width: int, crop_min: float,
 def resample(start: Tensor, length: Tensor, in_size: int, out_size: int,
              flip: Tensor | None = None) -> Tensor:
     """Matrices [B, out_size, in_size] that resize pixels [start, start + length) to out_size:
-    bilinear and antialiased, as torchvision's. flip [B]: where true, mirrored."""
+    bilinear and antialiased, like torchvision. flip [B]: mirror where true."""
     start, length = start[:, None, None], length[:, None, None]
     out = torch.arange(out_size, device=start.device)[:, None]
     if flip is not None:
@@ -557,7 +557,7 @@ def resized_crop(x: Tensor, boxes: tuple[Tensor, ...], size: int) -> Tensor:
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Rotates the hue of x [B, 3, P] by a fraction of the circle, -0.5 to 0.5. shift [B, 1, 1]"""
-    r, g, b = x.unbind(dim=1)  # minima and maxima sort the channels: faster than torch.where
+    r, g, b = x.unbind(dim=1)  # sort the channels with min and max: faster than torch.where
     low, high, sector = torch.minimum(g, b), torch.maximum(g, b), (g < b).to(x.dtype).mul_(-6)
     sector -= (2 + 2 * sector).mul_(r < high)
     value, middle = torch.maximum(r, high), torch.minimum(r, high)
@@ -569,9 +569,9 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
-    """torchvision's ColorJitter, with probability prob, in each image's own random order, on
-    x [B, 3, S, S] in [0, 1]. u [B, 9]: whether, the four strengths, the places in the order."""
-    # On a CPU half a million numbers at a time, which stay in its cache.
+    """torchvision's ColorJitter with probability prob, in random order per image, on x [B, 3, S, S]
+    in [0, 1]. u [B, 9]: 1 for whether to apply it, 4 for the strengths, 4 for the order."""
+    # On a CPU, process half a million values at a time so that they stay in its cache.
     n = max(1, 2**19 // x[0].numel()) if x.device.type == "cpu" else len(x)
     x = x.clone()
     for part in zip(x.split(n), u.split(n)):
@@ -580,8 +580,8 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
 
 
 def jitter_(x: Tensor, u: Tensor, strength: tuple, prob: float) -> None:
-    """color_jitter of all images at once, in place. They are sorted by the hue's place among the
-    operations: those with another one at some place before it, or after it, lie side by side."""
+    """color_jitter of all images at once, in place. Images are sorted by the position of hue,
+    so those with another operation at a given position, before or after hue, form a slice."""
     i = (u[:, 0] < prob).nonzero()[:, 0]
     order = u[i, 5:9].argsort(dim=1)  # 0: brightness, 1: contrast, 2: saturation, 3: hue
     hue_place, by = (order == 3).int().argmax(dim=1).sort()
@@ -592,7 +592,7 @@ def jitter_(x: Tensor, u: Tensor, strength: tuple, prob: float) -> None:
     numbers = torch.cat([shift, factor, rest * (order == 1), rest * (order == 2)], dim=1)
     numbers = to_device(numbers.to(x.dtype), x.device)[..., None, None]
     shift, factor, contrast, saturation = numbers.split([1, 4, 4, 4], dim=1)
-    # All but the hue take each pixel p to A p + C (mean pixel), at each place [n, 3, 3].
+    # Operations other than hue map pixel p to A p + C (mean pixel); [n, 3, 3] per position.
     eye, gray = to_device(torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [GRAY] * 3],
                                        dtype=x.dtype), x.device)
     A, C = factor * eye + saturation * gray, contrast * gray
@@ -614,7 +614,7 @@ def jitter_(x: Tensor, u: Tensor, strength: tuple, prob: float) -> None:
 
 
 def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
-    """Turns each image gray with probability prob. x [B, 3, S, S], u [B]."""
+    """Converts each image to grayscale with probability prob. x [B, 3, S, S], u [B]."""
     i = to_device((u < prob).nonzero()[:, 0], x.device)
     r, g, b = x.index_select(0, i).split(1, dim=1)
     y = (GRAY[0] * r).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
@@ -624,7 +624,7 @@ def grayscale(x: Tensor, u: Tensor, prob: float) -> Tensor:
 def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float]) -> Tensor:
     """Blurs each image with probability prob and its own sigma (pixels), uniform in the range. The
     kernel spans a tenth of the side: 23 taps at 224 px (SimCLR, arXiv:2002.05709, App. A).
-    x [B, 3, S, S]; u [B, 2]: whether, how much."""
+    x [B, 3, S, S]; u [B, 2]: whether to blur, sigma."""
     i = to_device((u[:, 0] < prob).nonzero()[:, 0], x.device)
     if len(i) == 0:
         return x
@@ -632,7 +632,7 @@ def gaussian_blur(x: Tensor, u: Tensor, prob: float, sigma: tuple[float, float])
     s = to_device((sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]).to(x.dtype), x.device)[i]
     taps = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
     kernel = torch.softmax(-0.5 * (taps / s[:, None]) ** 2, dim=1).repeat_interleave(3, dim=0)
-    y = x.index_select(0, i).flatten(0, 1)[None]  # one image, a kernel a channel
+    y = x.index_select(0, i).flatten(0, 1)[None]  # one image, one kernel per channel
     y = F.pad(y, (half, half, half, half), mode="reflect")
     y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
     y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
@@ -658,7 +658,7 @@ def normalize(x: Tensor, mean: tuple, std: tuple) -> Tensor:
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int,
                  temperature: float) -> float:
-    """Weighted kNN (Wu et al., arXiv:1805.01978, Sec. 3.4): votes count exp(cosine / temperature).
+    """Weighted kNN (Wu et al., arXiv:1805.01978, Sec. 3.4): vote weights exp(cosine / temperature).
 
     bank [n, d], bank_labels [n], queries [m, d], labels [m] -> accuracy in [0, 1].
     """
@@ -678,13 +678,13 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 @torch.no_grad()
 def feature_std(z: Tensor) -> float:
     """Std of z / |z| over the batch z [B, d], times sqrt(d) (SimSiam, arXiv:2011.10566, Fig. 2): 1
-    for an isotropic output, 0 if all images map to a point. It does not tell collapse to a line."""
+    for an isotropic output, 0 if all images map to a point. It misses collapse to a line."""
     return F.normalize(z.float(), dim=1).std(dim=0).mean().item() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def effective_rank(z: Tensor) -> float:
-    """How many dimensions z [B, d] varies in: exp(entropy) of the normalized covariance spectrum
+    """Effective rank of z [B, d]: exp(entropy) of the normalized covariance spectrum
     (Roy & Vetterli, EUSIPCO 2007). 1 if all images lie on a line."""
     z = z.double() - z.double().mean(dim=0)
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # the same nonzero eigenvalues
@@ -713,11 +713,11 @@ SHAPES = (
 def demo_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """n generated images, uint8 [n, 3, 32, 32], and their classes, int64 [n], of ten shapes.
 
-    Every image has four copies of one shape, each with its own place, size, angle and tint: the
-    shape is all that two crops of an image share, and raw pixels hardly reveal it.
+    Every image shows four copies of one shape, with random position, size, angle and tint. Two
+    crops of an image share only the shape, which is hard to tell from raw pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    u = torch.rand(n, 29 + 3 * 32 * 32, generator=generator)  # a row an image
+    u = torch.rand(n, 29 + 3 * 32 * 32, generator=generator)  # one row per image
     labels = torch.arange(n) % 10
     angle, size, cx, cy, *tint = u[:, 1:29].view(n, 7, 4, 1, 1).unbind(1)
     size = 5 + 2.5 * size
@@ -730,8 +730,8 @@ def demo_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
     for k, shape in enumerate(SHAPES):
         distance[k::10] = shape(x[k::10], y[k::10], r[k::10], a[k::10])
     mask = (0.5 - distance * size).clamp(0, 1)
-    # Two light and two dark copies on one gray, hardly tinted: a network that could tell images
-    # apart by brightness or color would learn these instead of the shape.
+    # Two light and two dark copies on gray, with little tint. If brightness or color identified the
+    # image, a network would learn them instead of the shape.
     sign = torch.tensor([1, -1, -1, 1]) * torch.where(u[:, :1] < 0.5, -1, 1)
     cells = (0.3 + 0.1 * torch.stack(tint, 1)) * (sign.view(n, 4, 1, 1) * mask)[:, None]
     images = cells.view(n, 3, 2, 2, 16, 16).transpose(3, 4).reshape(n, 3, 32, 32)

@@ -1,7 +1,7 @@
 """DCL: Decoupled Contrastive Learning (Yeh, Hong, Hsu, Liu, Chen & LeCun, ECCV 2022).
 
-Paper: https://arxiv.org/abs/2110.06848. The authors released no code. We had the paper's abstract,
-and its equations and tables as others quote them; "recalled" marks what we know from memory alone.
+Paper: https://arxiv.org/abs/2110.06848. The authors released no code. We had access to the abstract
+and to equations and tables quoted by others; "recalled" marks what we know only from memory.
 For an anchor, view k of image i in a batch of N images, with encoder f and projector g:
 
     z_ik = g(f(x_ik)) / |g(f(x_ik))|       # two views of each image: x [2N, 3, S, S] -> z [2N, d]
@@ -15,15 +15,15 @@ For an anchor, view k of image i in a batch of N images, with encoder f and proj
     q_B     = U / (P + U)                  # = sigmoid(m): negative-positive coupling multiplier
 
 As d softplus(m) = sigmoid(m) dm, the gradient of InfoNCE is that of DCL times q_B, for each anchor.
-If the positive is easy, q_B is near 0 and the anchor hardly moves its negatives, however hard they
-are; a small batch makes U small, and with it q_B. DCL drops the factor. Its value can be negative,
-and cannot be compared with InfoNCE's. q_B is logged whatever is trained. At temperature 0.5 it is
+If the positive is easy, q_B is near 0 and even hard negatives hardly move. A small batch makes U
+and thus q_B small. DCL drops the factor q_B. The DCL loss can be negative; it is not comparable to
+InfoNCE's. q_B is logged for every --loss. At temperature 0.5 it is
 near 1 for every batch size (our simulation), and the two losses hardly differ.
 
-Readings: a loss is the mean over the 2N anchors (the paper, as quoted: the sum); w has no gradient
-(--dclw-backprop-weight gives it one) and its mean is the global batch's; both views pass together,
-so batch norm sees 2N images; kNN uses the encoder's features (the paper's protocol is unknown). The
-ImageNet recipe is the one with 65.9 %; 68.2 % needs tau 0.2, base lr 0.07 and BYOL's augmentation
+Our choices: a loss is the mean over the 2N anchors (the paper, as quoted: the sum); w has no
+gradient (--dclw-backprop-weight adds it), its mean is over the global batch; both views are one
+batch, so batch norm sees 2N images; kNN uses encoder features (paper: protocol unknown). The
+ImageNet recipe is for the 65.9 %; 68.2 % needs tau 0.2, base lr 0.07 and BYOL's augmentation
 (recalled). --queue works as MoCo v2's (arXiv:2003.04297), with this script's head and augmentation
 and without MoCo's shuffled batch norm: queries are first views, keys are second views through a
 momentum encoder, and the queue starts with random negatives.
@@ -77,27 +77,27 @@ ARCHS = tuple(f"resnet{depth}" for depth in BLOCKS)
 @dataclasses.dataclass
 class Pretrain:
     """The ImageNet recipe. Every field is also a flag: --temperature 0.2, --loss infonce. "quoted":
-    from an article with the paper's tables; "recalled"; "unknown": not known to us, so ours."""
+    from an article with the paper's tables; "recalled"; "unknown": our choice."""
 
     arch: Literal[ARCHS] = "resnet50"   # recalled
     width: float = 1.0                  # multiplies all channel counts
     small_images: bool = False          # 3x3 stem without pooling, for 32 px
     zero_init_residual: bool = False    # unknown: torchvision's default
-    hidden_dim: int = 2048              # of the projector's two layers (recalled); its width: ours
+    hidden_dim: int = 2048              # projector: two layers (recalled), width: ours
     dim: int = 128                      # d, of z (recalled)
     head_bn: bool = True                # batch norm in the hidden layer: unknown
     # the loss
     loss: Literal["infonce", "dcl", "dclw"] = "dcl"
     temperature: float = 0.1            # tau (recalled)
     sigma: float = 0.5                  # of w: lightly and others agree
-    dclw_backprop_weight: bool = False  # as lightly; the paper does not say
+    dclw_backprop_weight: bool = False  # as in lightly; paper: unknown
     negatives: Literal["global", "local"] = "global"  # of all processes, or of this one
     queue: int = 0                      # number of negatives from earlier batches: MoCo v2
     ema_momentum: float = 0.999         # of the queue's encoder: MoCo, arXiv:1911.05722
     # optimization: SGD
     epochs: int = 200                   # quoted
     batch_size: int = 256               # N, of all processes together (quoted)
-    base_lr: float = 0.03               # lr = base_lr * batch_size / 256 (recalled, weakly)
+    base_lr: float = 0.03               # lr = base_lr * batch_size / 256 (recalled, uncertain)
     warmup_epochs: int = 0              # unknown
     momentum: float = 0.9               # recalled, for CIFAR and STL-10
     weight_decay: float = 1e-4          # unknown. Also on BN and biases, as in lightly
@@ -117,7 +117,7 @@ class Pretrain:
 
 @dataclasses.dataclass
 class Linear:
-    """Linear evaluation: ours. The paper's is OpenSelfSup's (recalled), whose numbers we lack."""
+    """Linear evaluation: ours. The paper uses OpenSelfSup's (recalled), settings unknown."""
 
     optimizer: Literal["larc", "sgd"] = "sgd"
     base_lr: float = 30.0
@@ -151,8 +151,8 @@ COLOR_DRAWS = 12  # uniform random numbers that augment takes for one view of on
 
 
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
-    """Colors, blur and normalization (SimCLR's) of x [B, 3, S, S] in [0, 1], crops that batches()
-    has made and flipped. u [B, COLOR_DRAWS]: uniform random numbers."""
+    """Color jitter, grayscale, blur and normalization (SimCLR's) of crops x [B, 3, S, S] in [0, 1],
+    already flipped. u [B, COLOR_DRAWS]: uniform random numbers."""
     u_jitter, u_gray, u_blur = u.split([9, 1, 2], dim=1)
     x = color_jitter(x, u_jitter, args.jitter, args.jitter_prob)
     x = grayscale(x, u_gray[:, 0], args.gray_prob)
@@ -170,7 +170,7 @@ def build_encoder(args) -> nn.Module:
 
 
 class Contrast(nn.Module):
-    """g(f(x)); with a queue (its length, or 0), also the momentum encoder that makes its keys."""
+    """g(f(x)). queue > 0 adds a queue of this length and a momentum encoder for its keys."""
 
     def __init__(self, encoder: nn.Module, dim: int = 128, hidden_dim: int = 2048,
                  head_bn: bool = True, queue: int = 0):
@@ -198,8 +198,8 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, m: float) -> None:
-        """After a step: the momentum encoder follows the new weights (in MoCo it does so before the
-        next keys, which are the same), and the keys [n, d] replace the oldest in the queue."""
+        """Call after a step: update the momentum encoder (MoCo does so before the next keys, which
+        gives the same keys), and replace the oldest keys in the queue by keys [n, d]."""
         update_ema([*self.key_encoder.parameters(), *self.key_projector.parameters()],
                    [*self.encoder.parameters(), *self.projector.parameters()], m)
         keys = all_gather(F.normalize(keys.to(self.queue.dtype), dim=1))
@@ -218,14 +218,14 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 
 def margins(z1: Tensor, z2: Tensor, temperature: float,
             negatives: str = "global") -> tuple[Tensor, Tensor]:
-    """m = log U - s / tau of the 2n anchors of this process, first views before second ones [2n],
+    """m = log U - s / tau of the 2n anchors of this process, all first views first [2n],
     and the cosines s of its n pairs [n].
 
-    z1, z2 [n, d]: embeddings of this process, of any length, in float32 at least inside. negatives:
-    "global", those of all processes (with gradient), or "local". The mean of m over processes is
-    that of the global batch. Raises ValueError for one image, which has no negatives.
+    z1, z2 [n, d]: embeddings of this process, not normalized; computed in float32 or better.
+    negatives: "global", those of all processes (with gradient), or "local". The mean of m over
+    processes is that of the global batch. Raises ValueError for one image, which has no negatives.
     """
-    with torch.autocast(z1.device.type, enabled=False):  # it would round the cosines
+    with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round the cosines
         z1, z2 = (F.normalize(z.float() if z.element_size() == 2 else z, dim=1, eps=1e-6)
                   for z in (z1, z2))
         first, second = (gather_with_grad(z) if negatives == "global" else z for z in (z1, z2))
@@ -234,8 +234,8 @@ def margins(z1: Tensor, z2: Tensor, temperature: float,
             raise ValueError("a batch of one image has no negatives")
         s = (z1 * z2).sum(dim=1)
         cosines = torch.cat([z1, z2]) @ torch.cat([first, second]).T  # [2n, 2N]
-        # The columns of the anchor's own image, itself and its positive, are no negatives. They are
-        # masked: subtracting exp(1 / tau) from the sum would leave no digits.
+        # The anchor itself and its positive are not negatives, so their columns are masked.
+        # Subtracting exp(1 / tau) from the sum instead would lose all precision.
         image = torch.arange(2 * n, device=s.device) % n + (rank() * n if total > n else 0)
         own = image[:, None] == torch.arange(2 * total, device=s.device) % total
         log_u = torch.logsumexp(cosines.masked_fill(own, -math.inf) / temperature, dim=1)
@@ -243,14 +243,14 @@ def margins(z1: Tensor, z2: Tensor, temperature: float,
 
 
 def info_nce_loss(z1: Tensor, z2: Tensor, temperature: float, negatives: str = "global") -> Tensor:
-    """InfoNCE (NT-Xent), softplus(m): the mean over the 2N anchors. z1, z2 [n, d] of this process,
-    of any length -> []. log(2N - 1) if all z are equal."""
+    """InfoNCE (NT-Xent), softplus(m), averaged over the 2N anchors. z1, z2 [n, d] of this process,
+    not normalized -> []. It is log(2N - 1) if all z are equal."""
     return F.softplus(margins(z1, z2, temperature, negatives)[0]).mean()
 
 
 def dcl_loss(z1: Tensor, z2: Tensor, temperature: float, negatives: str = "global") -> Tensor:
-    """DCL, m: InfoNCE without the positive in the denominator. As info_nce_loss; it has no lower
-    bound of 0, and is log(2N - 2) if all z are equal."""
+    """DCL, m: InfoNCE without the positive in the denominator. Same arguments as info_nce_loss. It
+    can be negative, and is log(2N - 2) if all z are equal."""
     return margins(z1, z2, temperature, negatives)[0].mean()
 
 
@@ -262,12 +262,12 @@ def dclw_loss(z1: Tensor, z2: Tensor, temperature: float, sigma: float = 0.5,
     pairs = gather_with_grad(s if backprop_weight else s.detach())
     w = 2 - len(pairs) * F.softmax(pairs / sigma, dim=0)
     w = w.unflatten(0, (-1, len(s)))[rank()]
-    return (m + ((1 - w) * s / temperature).repeat(2)).mean()  # m holds -s / tau already
+    return (m + ((1 - w) * s / temperature).repeat(2)).mean()  # m already contains -s / tau
 
 
 @torch.no_grad()
 def npc_multiplier(z1: Tensor, z2: Tensor, temperature: float, negatives: str = "global") -> Tensor:
-    """q_B = sigmoid(m) of the 2n anchors of this process, first views before second ones. z1, z2
+    """q_B = sigmoid(m) of the 2n anchors of this process, all first views first. z1, z2
     [n, d] -> [2n] in (0, 1)."""
     return margins(z1, z2, temperature, negatives)[0].sigmoid()
 
@@ -286,7 +286,7 @@ def queue_margins(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Te
 
 
 def build_optimizer(model: Contrast, args) -> torch.optim.SGD:
-    """SGD with weight decay on everything. (With Adam or LARS the mean of q_B would cancel out.)"""
+    """SGD with weight decay on everything. (Adam or LARS would cancel the scale of q_B.)"""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0,
                            momentum=args.momentum, weight_decay=args.weight_decay,
                            fused=args.device.type in ("cpu", "cuda"))
@@ -322,7 +322,7 @@ def train_step(model, optimizer, x: Tensor, epoch: float, args):
         group["lr"] = lr * warmup_cosine(epoch, args)
     with autocast(args):
         z1, z2 = model(x)
-    module = getattr(model, "module", model)  # inside DistributedDataParallel
+    module = getattr(model, "module", model)  # unwrap DistributedDataParallel
     loss, m = loss_and_margins(z1, z2, module.queue, args)
     optimizer.zero_grad()
     loss.backward()
@@ -345,23 +345,23 @@ def coupling(m: Tensor) -> dict[str, float]:
 
 def pretrain(args) -> None:
     data = load_data(args)
-    per_epoch = data.size // args.batch_size  # the rest of an epoch is dropped
+    per_epoch = data.size // args.batch_size  # drops the last, incomplete batch
     total = args.epochs * per_epoch
     if args.queue % args.batch_size or args.queue >= per_epoch * args.batch_size:
         sys.exit(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}, and "
-                 f"less than an epoch's {data.size} images, or it holds keys of the anchors")
+                 f"less than {per_epoch * args.batch_size}, or an image would be its own negative")
     if args.queue and args.loss == "dclw":
-        sys.exit("--loss dclw has no form for a queue: use infonce or dcl, or --queue 0")
+        sys.exit("--loss dclw does not support --queue: use infonce or dcl, or --queue 0")
     images = args.batch_size // (world_size() if args.negatives == "local" else 1)
     if images < 2:
-        sys.exit("--negatives local needs two images on every process: raise --batch-size")
+        sys.exit("--negatives local needs at least two images per process: raise --batch-size")
     model = Contrast(load_encoder(args), args.dim, args.hidden_dim, args.head_bn, args.queue)
     net = distribute(model, args)
     optimizer = build_optimizer(model, args)
     negatives = args.queue or 2 * (images - 1)
-    print0(f"{args.loss}: {negatives} negatives an anchor. By chance InfoNCE is "
+    print0(f"{args.loss}: {negatives} negatives per anchor. Loss at chance: InfoNCE "
            f"{math.log(negatives + 1):.2f}, DCL {math.log(negatives):.2f}")
-    # Histograms of q_B at these steps, of at least 4096 anchors, for 50 bins: ours.
+    # At these steps we log a histogram of q_B (50 bins, at least 4096 anchors). Ours.
     marks = {max(1, round(share * total)): share for share in (0.01, 0.1, 0.5, 1.0)}
     recent = collections.deque(maxlen=math.ceil(4096 / args.batch_size / (1 if args.queue else 2)))
     start, stop = resume(model, optimizer, total, args)
@@ -411,13 +411,13 @@ def pretrain(args) -> None:
 
 
 def linear(args) -> None:
-    """A linear classifier on the frozen encoder: random crops and flips, cosine decay per epoch."""
+    """Train a linear classifier on the frozen encoder: crops, flips, cosine decay per epoch."""
     data = load_data(args)
     if data.val is None:
         sys.exit(f"linear needs labels: {args.data} has no train/ and val/ with a folder per class")
     encoder = load_encoder(args).requires_grad_(False).eval()
     fc = nn.Linear(encoder.feature_dim, data.num_classes)
-    nn.init.normal_(fc.weight, std=0.01)  # authors' code
+    nn.init.normal_(fc.weight, std=0.01)  # SimSiam's and MoCo v3's code
     nn.init.zeros_(fc.bias)
     net = distribute(fc, args)
     lr = args.base_lr * args.batch_size / 256
@@ -458,23 +458,23 @@ def linear(args) -> None:
 STAGES = {"pretrain": pretrain, "linear": linear}
 
 # ---------------------------------------------------------------------------------------- plumbing
-# From here to the end all scripts are the same to the letter. First the command line.
+# Everything below is identical in all five scripts. First the command line.
 
 DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
+STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
 
 
 def recipe(stage: str, name: str) -> dict:
-    """All settings of a recipe: the stage's own, and those of the encoder that it works on."""
+    """All settings of a recipe: those of the stage and those of its encoder."""
     encoder = {field: getattr(RECIPES["pretrain"][name], field) for field in ENCODER}
     return {**encoder, **vars(RECIPES[stage][name])}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line. Reads no file: what it leaves open is None until settle() fills it in."""
+    """Parse the command line. Reads no files: unset options stay None until settle() sets them."""
     stage, *argv = argv if argv and argv[0] in STAGES else ["pretrain", *argv]
     parser = argparse.ArgumentParser(
         usage=f"{SCRIPT}.py [{'|'.join(STAGES)}] [flags]", description=__doc__, allow_abbrev=False,
@@ -484,20 +484,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
     add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
-        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
-        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
-    add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
-    add("--workers", type=int, help="data loading processes, for each GPU (default: all cores)")
+        required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
+        "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
+    add("--steps", type=int, default=sys.maxsize, help="stop at this step; raise it to continue")
+    add("--seed", type=int, default=0, help="for weights, data order and augmentation (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if available, else cpu")
+    add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; at an epoch's end 1")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
+    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -508,26 +508,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def settle(args) -> argparse.Namespace:
-    """Fills in what the command line left open, from the file of --init or from the recipe."""
+    """Set the unset options, from the --init file or else from the recipe."""
     file = args.initial = {} if args.init == "none" else read_checkpoint(
         args.init, "--init takes a run's last.pt or encoder.pt, or the weights of an encoder")
-    beside = Path(args.init).with_suffix(".json")  # of encoder.pt
+    beside = Path(args.init).with_suffix(".json")  # next to encoder.pt
     about = json.loads(beside.read_text()) if beside.exists() else file.get("config", {}) | file
     defaults = {"data_root": "data"} | ({"data": "demo"} if args.stage == "pretrain" else {
         x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
     vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
     if args.data is None:
-        sys.exit(f"{args.init} does not say which images to use: give --data")
+        sys.exit(f"{args.init} does not name a data set: use --data")
     if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
         sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
     if args.recipe not in RECIPES[args.stage]:
-        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # its first recipe for a ResNet or a ViT
         args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
                             and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
     settings = recipe(args.stage, args.recipe)
     vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
     if args.arch not in ARCHS:
-        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
+        sys.exit(f"{args.init} contains {args.arch}, which {SCRIPT}.py does not support")
     for name, value in vars(args).items():
         most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
         for x in value if type(value) in (list, tuple) else [value]:
@@ -564,7 +564,7 @@ def setup(args) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
     if args.batch_size % world_size():
         sys.exit(f"--batch-size {args.batch_size} is not a multiple of {world_size()} processes")
-    if args.workers is None:  # the cores that this process may use, which may be fewer than all
+    if args.workers is None:  # cores available to this process, maybe not all
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
@@ -574,22 +574,22 @@ def setup(args) -> None:
         try:
             import fcntl
             lock = os.open(os.path.join(args.out, "lock"), os.O_CREAT | os.O_WRONLY)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
         except BlockingIOError:
-            sys.exit(f"another run is at work in {args.out}: choose another --out")
+            sys.exit(f"{args.out} is in use by another run: choose another --out")
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
 
 
 def distribute(model: nn.Module, args) -> nn.Module:
-    """The model on its device; with several processes, with the global batch's gradients and BN."""
+    """Move the model to the device. With several processes: wrap it in DDP, synchronize BN."""
     model.to(args.device, args.dtype)
     return model if world_size() == 1 else nn.parallel.DistributedDataParallel(
         sync_batch_norm(model), broadcast_buffers=False)
 
 
 def autocast(args):
-    """bfloat16 for the forward pass. --precision auto: where it is native, on a CPU for ResNets."""
+    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -598,12 +598,12 @@ def autocast(args):
 
 
 def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether one was told to stop. Ends a diverged run."""
+    """Mean loss over processes, and whether any was signaled to stop. Exits on divergence."""
     finite = torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all()
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: try a lower --base-lr (last.pt is from before)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
     return loss, told > 0
 
 
@@ -613,12 +613,12 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
 @dataclasses.dataclass
 class Images:
     labels: Tensor                    # [n], -1 if unknown
-    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
-    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
+    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device, if they are in memory
+    paths: np.ndarray | None = None   # [n] files, decoded by DataLoader workers if pixels is None
 
 
 def load_data(args) -> argparse.Namespace:
-    """train, its size; and if there are labels, bank (images for kNN), val and num_classes."""
+    """Returns train and its size and, if there are labels, bank (for kNN), val and num_classes."""
     if args.data == "demo":
         train, val = (Images(labels, pixels.to(args.device)) for pixels, labels in (
             demo_images(4000, seed=0), demo_images(1000, seed=1)))
@@ -626,7 +626,7 @@ def load_data(args) -> argparse.Namespace:
     elif args.data in DATA_RECIPES:
         if rank() == 0:
             torchvision_images(args, "train", download=True)
-        all_gather(torch.zeros(1))  # wait for it
+        all_gather(torch.zeros(1))  # wait for the download
         bank, val = torchvision_images(args, "train"), torchvision_images(args, "test")
         unlabeled = args.data == "stl10" and args.stage == "pretrain"
         train = torchvision_images(args, "train+unlabeled") if unlabeled else bank
@@ -653,8 +653,8 @@ def torchvision_images(args, split: str, download: bool = False) -> Images:
 
 
 def image_files(root: str, args) -> dict[str, str]:
-    """The images below root, sorted, and the folder of root that each is in. No hidden files."""
-    found, seen = {}, {os.path.realpath(args.out)}  # each real folder once; not the run folder
+    """Sorted image paths under root, each with its top-level folder. Skips hidden files."""
+    found, seen = {}, {os.path.realpath(args.out)}  # visit each folder once, skip the run folder
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(x for x in folders if x[0] != "." and real not in seen)
@@ -671,23 +671,23 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
     """train, bank and val. The class is the first folder below train/ or val/."""
     splits = [os.path.join(args.data, split) for split in ("train", "val")]
     if not all(map(os.path.isdir, splits)):
-        print0(f"{args.data}: no train/ and val/ here; all images below it are used, unlabeled")
+        print0(f"{args.data}: no train/ and val/, using all images in it without labels")
         return in_memory(image_files(args.data, args), {}, args), None, None
     train, val = (image_files(split, args) for split in splits)
     classes = {name: i for i, name in enumerate(sorted({*train.values()} - {""}))}
     if len(classes) < 2:
-        print0(f"{splits[0]}: fewer than two class folders; all images below it are unlabeled")
+        print0(f"{splits[0]}: fewer than two class folders, using all images without labels")
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is in none of the {len(classes)} class folders that train/ has")
+            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
 
 
 def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
-    """Small images, all of one size, are read once and held like CIFAR's. Others stay files."""
+    """Keep small images of equal size in memory, like CIFAR's. Other images are read when used."""
     labels = torch.tensor([classes.get(name, -1) for name in files.values()])
     images, held = Images(labels, paths=np.array([*files])), []
     for i in range(len(labels)):
@@ -701,8 +701,8 @@ def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
 
 @dataclasses.dataclass
 class FileCrops(Dataset):
-    """Decodes, crops, resizes and flips files, in the loader's workers. A key is (index, u) with
-    u [views, 23], or None for the center crop -> uint8 [views, 3, S, S] and label."""
+    """Decode, crop, resize and flip files, in the DataLoader workers. A key is (index, u); u is
+    [views, 23], or None for the center crop. Returns uint8 [views, 3, S, S] and the label."""
 
     images: Images
     args: argparse.Namespace
@@ -722,13 +722,13 @@ class FileCrops(Dataset):
         return torch.stack(views), label
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
+        """Pixels [3, H, W] and label. Replaces an unreadable file by the next one."""
         for i in (index + np.arange(10)) % len(self.images.labels):
             path = str(self.images.paths[i])
-            try:  # decode_image opens only names in UTF-8
+            try:  # decode_image cannot open names that are not UTF-8
                 x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
                 x = x if x.dtype == torch.uint8 else (x.int() >> 8).byte()  # 16-bit PNG
-                if x.ndim == 3:  # an animation has one dimension more
+                if x.ndim == 3:  # animations have a fourth dimension
                     return x, self.images.labels[i]
             except (OSError, RuntimeError):
                 pass
@@ -737,8 +737,8 @@ class FileCrops(Dataset):
 
 
 def batches(images: Images, plan, args):
-    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], first
-    views before second ones, and labels [b], on the device. u None: center crops."""
+    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], all
+    first views first, and labels [b], on the device. u is None: center crops."""
     if images.pixels is None:
         keys = ([(i, None if u is None else u[k].numpy()) for k, i in enumerate(index.tolist())]
                 for index, u in plan)
@@ -759,7 +759,7 @@ def batches(images: Images, plan, args):
         yield crops, to_device(images.labels[index], args.device)
 
 
-def ignore_signals(worker: int) -> None:  # workers are ended by their parent, which saves first
+def ignore_signals(worker: int) -> None:  # the parent saves, then stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -814,7 +814,7 @@ def log(args, **record) -> None:
 
 
 def save_views(x: Tensor, images: Images, args) -> None:
-    """views.png: the first n images of a run, each above its normalized views x [2n, 3, S, S]."""
+    """Save views.png: the first n images, each above its views (x [2n, 3, S, S], normalized)."""
     if rank() == 0:
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "order", 0))
         shown, _ = next(batches(images, [(order[:len(x) // 2], None)], args))
@@ -824,7 +824,7 @@ def save_views(x: Tensor, images: Images, args) -> None:
 
 
 def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
-    """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
+    """Save last.pt, encoder.pt (for torchvision or timm), and its description encoder.json."""
     if rank() > 0:
         return
     run = {"step": step, "config": args.config, "recipe": args.recipe, "model": model.state_dict(),
@@ -848,19 +848,19 @@ def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> No
 def read_checkpoint(path: str, advice: str) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many kinds of errors
         sys.exit(f"{path} cannot be read ({type(error).__name__}): {advice}")
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
     """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
-    args.config = json.loads(json.dumps(args.config))  # lists for tuples
+    args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
         checkpoint = read_checkpoint(last, "delete it to start over")
         old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
         if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
-            sys.exit(f"{args.out} holds a run with other {', '.join(names)}: choose another --out")
+            sys.exit(f"{args.out} has a run with different {', '.join(names)}: use another --out")
         print0(f"{args.out}: continuing from step {step}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -869,7 +869,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
         sys.exit(f"--out {args.out} must be one folder that all machines share")
     if rank() == 0 and (step == 0 or step < stop):
         lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        lines = [x for x in lines if x.endswith("\n")]  # a kill may cut the last one in two
+        lines = [x for x in lines if x.endswith("\n")]  # a killed run may leave a partial line
         path.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= step))
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
         failed, commit = subprocess.getstatusoutput(git)
@@ -883,7 +883,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """The line that a run ends with: its folder, and the accuracy before and after."""
+    """Print the last line of a run: its folder, and the accuracy before and after training."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
@@ -892,7 +892,7 @@ def summarize(step: int, total: int, args) -> None:
 
 
 def load_encoder(args) -> nn.Module:
-    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    """Build the encoder and load --init, which must match. Ignores a classifier (fc, head)."""
     print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
     try:
         encoder = build_encoder(args)
@@ -919,7 +919,7 @@ def load_encoder(args) -> nn.Module:
 def main(argv: list[str] | None = None) -> int:
     def stop_soon(number, frame):
         STOP.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C exits at once
     args = parse_args(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
@@ -930,15 +930,15 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(0.2)  # torch 2.6's Gloo may deadlock if destroyed right after a collective
             dist.destroy_process_group()
         return 0
-    except (KeyboardInterrupt, OSError) as error:  # OSError: a disk or a network that fails
-        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: the same command continues it")
+    except (KeyboardInterrupt, OSError) as error:  # OSError: disk or network failure
+        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: rerun the command to continue")
     except RuntimeError as error:
         if "shared memory" not in f"{error} {error.__cause__}":
             raise
         sys.exit("/dev/shm is too small: use --workers 0, or docker's --shm-size")
     finally:
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():  # of an error; they ignore SIGTERM
+        for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
 
 

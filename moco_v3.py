@@ -1,8 +1,8 @@
 """MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al., 2021).
 
 Paper: https://arxiv.org/abs/2104.02057. Sec., Alg., Fig., Table and App. refer to it; where it is
-silent or differs we follow the authors' code, facebookresearch/moco-v3 at c349e6e, which made the
-published checkpoints. Algorithm 1:
+silent or differs we follow the authors' code, facebookresearch/moco-v3 at c349e6e, which produced
+the published checkpoints. Algorithm 1:
 
     x1, x2 = aug(x), aug(x)              # two random views of a batch                  [N, 3, S, S]
     q1, q2 = f_q(x1), f_q(x2)            # queries: backbone, projector, predictor      [N, C]
@@ -15,9 +15,9 @@ The negatives of a query are the keys of the other images, of all processes; the
 view has its own batch norm statistics (App. A), in f_k too. f_k is in train mode: its running
 statistics come from its own batches, and only --init-encoder momentum_encoder uses them.
 
-Algorithm 1 updates f_k last, the authors' code before the keys, with the m of that step. As f_k
-starts as a copy of f_q, both make the same keys if the update after step t takes the m of step
-t + 1, as it does here. Their code has no counterpart of the last update (m = 1 by the cosine).
+Algorithm 1 updates f_k after a step; the authors' code does so before the step's keys, with its m.
+f_k starts as a copy of f_q, so both give the same keys if the update after step t uses the m of
+step t + 1, as it does here. Their code does not have our last update (m = 1 by the cosine).
 
 The code differs from the paper: m rises to 1 for ViTs too; ResNets have heads and recipes of their
 own; linear evaluation has batch 1024 and one lr (paper: 4096, lr swept). This file differs from the
@@ -77,7 +77,7 @@ ARCHS = (*(f"vit_{size}" for size in VITS), "vit_conv_small", "vit_conv_base",
 class Pretrain:
     """The ImageNet recipe of a ViT (authors' code). Every field is also a flag: --base-lr 1e-4."""
 
-    arch: Literal[ARCHS] = "vit_small"  # vit_conv_*: a stem of convolutions, arXiv:2106.14881
+    arch: Literal[ARCHS] = "vit_small"  # vit_conv_*: convolutional stem, arXiv:2106.14881
     width: float = 1.0                  # of a ResNet: multiplies all channel counts
     small_images: bool = False          # a ResNet's 3x3 stem; test images are not cropped
     zero_init_residual: bool = True     # of a ResNet: authors' code
@@ -119,7 +119,7 @@ class Pretrain:
     std: tuple = (0.229, 0.224, 0.225)
     # monitors
     knn_every_steps: int = 50           # kNN within epochs. App. A: tens of iterations; 0: never
-    knn_k: int = 200                    # App. A refers to arXiv:1805.01978, which has these two
+    knn_k: int = 200                    # and knn_temperature: arXiv:1805.01978, cited in App. A
     knn_temperature: float = 0.07
 
 
@@ -138,15 +138,15 @@ class Linear:
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
 
 
-R50 = dataclasses.replace(  # authors' code. The heads are not a ViT's
+R50 = dataclasses.replace(  # authors' code. The heads differ from a ViT's
     Pretrain(), arch="resnet50", projector_layers=2, predictor_output_bn=False, optimizer="lars",
     epochs=100, base_lr=0.6, warmup_epochs=10.0, weight_decay=1e-6, temperature=1.0, crop_min=0.2)
-SMALL = dict(  # 32 px, where neither paper nor code has a recipe: what solo-learn does, and ours
+SMALL = dict(  # 32 px: paper and code have no recipe; values from solo-learn, or ours
     small_images=True, image_size=32, crop_min=0.2, blur_prob=(0.0, 0.0),
     mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), knn_every_steps=20)
 CIFAR = dataclasses.replace(  # ours
     Pretrain(), arch="vit_tiny", patch_size=4, epochs=800, batch_size=512, base_lr=5e-4, **SMALL)
-CIFAR_RESNET = dataclasses.replace(  # solo-learn's, whose lr 0.3 is for a LARS with trust 0.02
+CIFAR_RESNET = dataclasses.replace(  # solo-learn's; its lr is 0.3 at LARS trust coefficient 0.02
     R50, arch="resnet18", epochs=1000, batch_size=256, base_lr=6.0, temperature=0.2, **SMALL)
 DEMO = dataclasses.replace(  # shrunk to run in a minute on two CPU cores: ours
     CIFAR, arch="vit_mini", patch_size=8, hidden_dim=512, dim=128, epochs=6, batch_size=96,
@@ -177,8 +177,8 @@ COLOR_DRAWS = 13  # uniform random numbers that augment takes for one view of on
 
 
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
-    """Colors, blur, solarization, normalization (App. A) of x [2b, 3, S, S] in [0, 1]: crops that
-    batches() has made and flipped, first views first. u [2b, COLOR_DRAWS]: uniform numbers."""
+    """Color jitter, grayscale, blur, solarization, normalization (App. A) of crops x [2b, 3, S, S]
+    in [0, 1], already flipped, first views first. u [2b, COLOR_DRAWS]: uniform random numbers."""
     u_jitter, u_gray, u_blur, u_solarize = u.split([9, 1, 2, 1], dim=1)
     blur, solar = (torch.tensor(pair, dtype=u.dtype).repeat_interleave(len(x) // 2)
                    for pair in (args.blur_prob, args.solarize_prob))  # [2b], on the CPU like u
@@ -198,7 +198,7 @@ def build_encoder(args) -> nn.Module:
         return resnet(int(args.arch.removeprefix("resnet")), args.width,
                       small_images=args.small_images, zero_init_residual=args.zero_init_residual)
     *conv, size = args.arch.removeprefix("vit_").split("_")
-    projection = "learned" if conv else args.patch_projection  # conv: nothing is frozen there
+    projection = "learned" if conv else args.patch_projection  # a conv stem is never frozen
     encoder = vit(size, args.image_size, args.patch_size, heads=args.heads,
                   stem="conv" if conv else "patch", mlp_norm=args.mlp_norm, position=args.position,
                   pooling=args.pooling, grad_checkpoint=getattr(args, "grad_checkpoint", False),
@@ -238,7 +238,7 @@ class MoCoV3(nn.Module):
             self.predictor = head(2, dim, hidden_dim, dim, bn, predictor_output_bn)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.one_pass = "BatchNorm" not in repr(encoder)  # it would mix the views
+        self.one_pass = "BatchNorm" not in repr(encoder)  # batch norm would mix the views
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Two views [N, 3, S, S] -> q1, q2, k1, k2 [N, C], and the features of x1, for the kNN."""
@@ -266,12 +266,12 @@ def update_ema(target: list[Tensor], online: list[Tensor], m: float) -> None:
 
 
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """ctr(q, k) of Alg. 1: which key, of those of all processes, belongs to the query? q, k [N, C],
-    row i from image i of this process -> [], the mean over its queries, in float32 at least; the
-    mean over processes is the loss of the global batch. Keys get no gradient. With the factor 2 tau
+    """ctr(q, k) of Alg. 1, InfoNCE: classify which of all processes' keys belongs to each query.
+    q, k [N, C], row i is image i of this process -> [], averaged over its queries, in float32 or
+    better. The mean over processes is the global batch's loss. Keys get no gradient. With 2 tau
     the gradient's scale is similar for different tau (Alg. 1)."""
     q, k = (x.float() if x.element_size() == 2 else x for x in (q, k))  # not in half precision
-    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+    with torch.autocast(q.device.type, enabled=False):  # bfloat16 would round the products
         q, k = F.normalize(q, dim=1), all_gather(F.normalize(k.detach(), dim=1))
         logits = q @ k.T / temperature  # [N, processes * N]
         labels = torch.arange(len(q), device=q.device) + rank() * len(q)  # this process's keys
@@ -279,8 +279,8 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 def chance_and_floor(n: int, temperature: float) -> tuple[float, float]:
-    """L when all n > 1 keys are equal; and its minimum, where positives are equal and negatives
-    have cosine -1 / (n - 1), by Jensen's inequality. Ours."""
+    """L if all n > 1 keys are equal, and its minimum, reached if positives have cosine 1 and
+    negatives -1 / (n - 1) (Jensen's inequality). Not in the paper."""
     floor = math.log1p((n - 1) * math.exp(-n / (n - 1) / temperature))
     return 4 * temperature * math.log(n), 4 * temperature * floor
 
@@ -328,7 +328,7 @@ class LAMB(torch.optim.Optimizer):
 
 def build_optimizer(model: MoCoV3, args) -> torch.optim.Optimizer:
     """AdamW for a ViT, with weight decay on everything; LARS for a ResNet."""
-    params = [p for p in model.parameters() if p.requires_grad]  # not f_k, nor what is frozen
+    params = [p for p in model.parameters() if p.requires_grad]  # without f_k and frozen layers
     fused = args.device.type in ("cpu", "cuda")
     kind = {"adamw": functools.partial(torch.optim.AdamW, fused=fused), "lamb": LAMB,
             "lars": functools.partial(LARS, momentum=args.momentum)}[args.optimizer]
@@ -351,8 +351,8 @@ def momentum_schedule(epoch: float, args) -> float:
 
 
 def first_and_last_layer(encoder: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters whose gradients are watched (Fig. 4): a ViT's patch projection (the first block's
-    qkv where that is frozen) and last block; a ResNet's first convolution and last block."""
+    """Parameters whose gradient norms are logged (Fig. 4): a ViT's patch projection (if frozen, the
+    first block's qkv) and last block; a ResNet's first convolution and last block."""
     if not isinstance(encoder, ViT):
         return [encoder.conv1.weight], [*encoder.layer4[-1].parameters()]
     first = [p for p in encoder.patch_embed.parameters() if p.requires_grad]
@@ -387,7 +387,7 @@ def pretrain(args) -> None:
                    args.predictor, args.predictor_output_bn, args.bn)
     net = distribute(model, args)
     optimizer = build_optimizer(model, args)
-    per_epoch = data.size // args.batch_size  # the rest of an epoch is dropped
+    per_epoch = data.size // args.batch_size  # drops the last, incomplete batch
     total = args.epochs * per_epoch
     start, stop = resume(model, optimizer, total, args)
     if start == 0 and args.knn_every:
@@ -402,7 +402,7 @@ def pretrain(args) -> None:
         x1, x2 = augment(crops, u.transpose(0, 1).flatten(0, 1), args).chunk(2)  # u [2b, 13]
         m = momentum_schedule((step + 1) / per_epoch, args)  # of the next step: see the docstring
         loss, q, h, norms = train_step(net, optimizer, x1, x2, step / per_epoch, m, args)
-        torch.maximum(largest, norms, out=largest)  # since the last log line: no spike is lost
+        torch.maximum(largest, norms, out=largest)  # since the last log line, so no spike is missed
         step += 1
         if step == 1:
             save_views(torch.cat([x1[:8], x2[:8]]), data.train, args)
@@ -438,7 +438,7 @@ def log_queue_knn(encoder: nn.Module, queue, epoch: float, step: int, val, args)
     """The paper's kNN monitor within epochs (App. A). Its bank is a queue of the features [b,
     feature_dim] and labels [b] of the latest training batches, a tenth of the training set."""
     bank, labels = (all_gather(torch.cat(part)) for part in zip(*queue))
-    bank, labels = bank[labels >= 0], labels[labels >= 0]  # STL-10 has images without
+    bank, labels = bank[labels >= 0], labels[labels >= 0]  # STL-10 has unlabeled images
     every = math.ceil(len(val.labels) / 1000)  # at most 1,000 queries: ours, for speed
     val = Images(*(x if x is None else x[::every] for x in vars(val).values()))
     queries = features(encoder, val, args)
@@ -449,28 +449,28 @@ def log_queue_knn(encoder: nn.Module, queue, epoch: float, step: int, val, args)
 
 
 def report_dip(args) -> None:
-    """Print the largest fall of the kNN curve below its maximum so far. Where it is more than
-    noise, it is the instability that the final accuracy hides (Sec. 4.1)."""
+    """Print the largest drop of the kNN curve below its running maximum. A drop above the noise
+    shows instability that the final accuracy hides (Sec. 4.1)."""
     lines = Path(args.out, "log.jsonl").read_text().splitlines() if rank() == 0 else []
     curve = [(x["step"], x["knn_queue"]) for x in map(json.loads, lines) if "knn_queue" in x]
     if curve:  # noise: three standard errors of 1,000 queries
         steps, knn = np.array(curve).T
         falls = np.maximum.accumulate(knn) - knn
         where = steps[falls.argmax()]
-        print(f"knn_queue fell by up to {falls.max():.1%}, at step {where:.0f}; noise: 4.7%")
+        print(f"largest drop of knn_queue: {falls.max():.1%}, at step {where:.0f}; noise: 4.7%")
 
 
 # -------------------------------------------------------------------------------- linear evaluation
 
 
 def linear(args) -> None:
-    """A linear classifier on the frozen encoder: random crops and flips, cosine decay per epoch."""
+    """Train a linear classifier on the frozen encoder: crops, flips, cosine decay per epoch."""
     data = load_data(args)
     if data.val is None:
         sys.exit(f"linear needs labels: {args.data} has no train/ and val/ with a folder per class")
     encoder = load_encoder(args).requires_grad_(False).eval()
     fc = nn.Linear(encoder.feature_dim, data.num_classes)
-    nn.init.normal_(fc.weight, std=0.01)  # authors' code
+    nn.init.normal_(fc.weight, std=0.01)  # SimSiam's and MoCo v3's code
     nn.init.zeros_(fc.bias)
     net = distribute(fc, args)
     lr = args.base_lr * args.batch_size / 256
@@ -511,23 +511,23 @@ def linear(args) -> None:
 STAGES = {"pretrain": pretrain, "linear": linear}
 
 # ---------------------------------------------------------------------------------------- plumbing
-# From here to the end all scripts are the same to the letter. First the command line.
+# Everything below is identical in all five scripts. First the command line.
 
 DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
+STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
 
 
 def recipe(stage: str, name: str) -> dict:
-    """All settings of a recipe: the stage's own, and those of the encoder that it works on."""
+    """All settings of a recipe: those of the stage and those of its encoder."""
     encoder = {field: getattr(RECIPES["pretrain"][name], field) for field in ENCODER}
     return {**encoder, **vars(RECIPES[stage][name])}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line. Reads no file: what it leaves open is None until settle() fills it in."""
+    """Parse the command line. Reads no files: unset options stay None until settle() sets them."""
     stage, *argv = argv if argv and argv[0] in STAGES else ["pretrain", *argv]
     parser = argparse.ArgumentParser(
         usage=f"{SCRIPT}.py [{'|'.join(STAGES)}] [flags]", description=__doc__, allow_abbrev=False,
@@ -537,20 +537,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
     add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
-        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
-        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
-    add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
-    add("--workers", type=int, help="data loading processes, for each GPU (default: all cores)")
+        required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
+        "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
+    add("--steps", type=int, default=sys.maxsize, help="stop at this step; raise it to continue")
+    add("--seed", type=int, default=0, help="for weights, data order and augmentation (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if available, else cpu")
+    add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; at an epoch's end 1")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
+    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -561,26 +561,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def settle(args) -> argparse.Namespace:
-    """Fills in what the command line left open, from the file of --init or from the recipe."""
+    """Set the unset options, from the --init file or else from the recipe."""
     file = args.initial = {} if args.init == "none" else read_checkpoint(
         args.init, "--init takes a run's last.pt or encoder.pt, or the weights of an encoder")
-    beside = Path(args.init).with_suffix(".json")  # of encoder.pt
+    beside = Path(args.init).with_suffix(".json")  # next to encoder.pt
     about = json.loads(beside.read_text()) if beside.exists() else file.get("config", {}) | file
     defaults = {"data_root": "data"} | ({"data": "demo"} if args.stage == "pretrain" else {
         x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
     vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
     if args.data is None:
-        sys.exit(f"{args.init} does not say which images to use: give --data")
+        sys.exit(f"{args.init} does not name a data set: use --data")
     if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
         sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
     if args.recipe not in RECIPES[args.stage]:
-        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # its first recipe for a ResNet or a ViT
         args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
                             and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
     settings = recipe(args.stage, args.recipe)
     vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
     if args.arch not in ARCHS:
-        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
+        sys.exit(f"{args.init} contains {args.arch}, which {SCRIPT}.py does not support")
     for name, value in vars(args).items():
         most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
         for x in value if type(value) in (list, tuple) else [value]:
@@ -617,7 +617,7 @@ def setup(args) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
     if args.batch_size % world_size():
         sys.exit(f"--batch-size {args.batch_size} is not a multiple of {world_size()} processes")
-    if args.workers is None:  # the cores that this process may use, which may be fewer than all
+    if args.workers is None:  # cores available to this process, maybe not all
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
@@ -627,22 +627,22 @@ def setup(args) -> None:
         try:
             import fcntl
             lock = os.open(os.path.join(args.out, "lock"), os.O_CREAT | os.O_WRONLY)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
         except BlockingIOError:
-            sys.exit(f"another run is at work in {args.out}: choose another --out")
+            sys.exit(f"{args.out} is in use by another run: choose another --out")
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
 
 
 def distribute(model: nn.Module, args) -> nn.Module:
-    """The model on its device; with several processes, with the global batch's gradients and BN."""
+    """Move the model to the device. With several processes: wrap it in DDP, synchronize BN."""
     model.to(args.device, args.dtype)
     return model if world_size() == 1 else nn.parallel.DistributedDataParallel(
         sync_batch_norm(model), broadcast_buffers=False)
 
 
 def autocast(args):
-    """bfloat16 for the forward pass. --precision auto: where it is native, on a CPU for ResNets."""
+    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -651,12 +651,12 @@ def autocast(args):
 
 
 def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether one was told to stop. Ends a diverged run."""
+    """Mean loss over processes, and whether any was signaled to stop. Exits on divergence."""
     finite = torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all()
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: try a lower --base-lr (last.pt is from before)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
     return loss, told > 0
 
 
@@ -666,12 +666,12 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
 @dataclasses.dataclass
 class Images:
     labels: Tensor                    # [n], -1 if unknown
-    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
-    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
+    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device, if they are in memory
+    paths: np.ndarray | None = None   # [n] files, decoded by DataLoader workers if pixels is None
 
 
 def load_data(args) -> argparse.Namespace:
-    """train, its size; and if there are labels, bank (images for kNN), val and num_classes."""
+    """Returns train and its size and, if there are labels, bank (for kNN), val and num_classes."""
     if args.data == "demo":
         train, val = (Images(labels, pixels.to(args.device)) for pixels, labels in (
             demo_images(4000, seed=0), demo_images(1000, seed=1)))
@@ -679,7 +679,7 @@ def load_data(args) -> argparse.Namespace:
     elif args.data in DATA_RECIPES:
         if rank() == 0:
             torchvision_images(args, "train", download=True)
-        all_gather(torch.zeros(1))  # wait for it
+        all_gather(torch.zeros(1))  # wait for the download
         bank, val = torchvision_images(args, "train"), torchvision_images(args, "test")
         unlabeled = args.data == "stl10" and args.stage == "pretrain"
         train = torchvision_images(args, "train+unlabeled") if unlabeled else bank
@@ -706,8 +706,8 @@ def torchvision_images(args, split: str, download: bool = False) -> Images:
 
 
 def image_files(root: str, args) -> dict[str, str]:
-    """The images below root, sorted, and the folder of root that each is in. No hidden files."""
-    found, seen = {}, {os.path.realpath(args.out)}  # each real folder once; not the run folder
+    """Sorted image paths under root, each with its top-level folder. Skips hidden files."""
+    found, seen = {}, {os.path.realpath(args.out)}  # visit each folder once, skip the run folder
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(x for x in folders if x[0] != "." and real not in seen)
@@ -724,23 +724,23 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
     """train, bank and val. The class is the first folder below train/ or val/."""
     splits = [os.path.join(args.data, split) for split in ("train", "val")]
     if not all(map(os.path.isdir, splits)):
-        print0(f"{args.data}: no train/ and val/ here; all images below it are used, unlabeled")
+        print0(f"{args.data}: no train/ and val/, using all images in it without labels")
         return in_memory(image_files(args.data, args), {}, args), None, None
     train, val = (image_files(split, args) for split in splits)
     classes = {name: i for i, name in enumerate(sorted({*train.values()} - {""}))}
     if len(classes) < 2:
-        print0(f"{splits[0]}: fewer than two class folders; all images below it are unlabeled")
+        print0(f"{splits[0]}: fewer than two class folders, using all images without labels")
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is in none of the {len(classes)} class folders that train/ has")
+            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
 
 
 def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
-    """Small images, all of one size, are read once and held like CIFAR's. Others stay files."""
+    """Keep small images of equal size in memory, like CIFAR's. Other images are read when used."""
     labels = torch.tensor([classes.get(name, -1) for name in files.values()])
     images, held = Images(labels, paths=np.array([*files])), []
     for i in range(len(labels)):
@@ -754,8 +754,8 @@ def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
 
 @dataclasses.dataclass
 class FileCrops(Dataset):
-    """Decodes, crops, resizes and flips files, in the loader's workers. A key is (index, u) with
-    u [views, 23], or None for the center crop -> uint8 [views, 3, S, S] and label."""
+    """Decode, crop, resize and flip files, in the DataLoader workers. A key is (index, u); u is
+    [views, 23], or None for the center crop. Returns uint8 [views, 3, S, S] and the label."""
 
     images: Images
     args: argparse.Namespace
@@ -775,13 +775,13 @@ class FileCrops(Dataset):
         return torch.stack(views), label
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
+        """Pixels [3, H, W] and label. Replaces an unreadable file by the next one."""
         for i in (index + np.arange(10)) % len(self.images.labels):
             path = str(self.images.paths[i])
-            try:  # decode_image opens only names in UTF-8
+            try:  # decode_image cannot open names that are not UTF-8
                 x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
                 x = x if x.dtype == torch.uint8 else (x.int() >> 8).byte()  # 16-bit PNG
-                if x.ndim == 3:  # an animation has one dimension more
+                if x.ndim == 3:  # animations have a fourth dimension
                     return x, self.images.labels[i]
             except (OSError, RuntimeError):
                 pass
@@ -790,8 +790,8 @@ class FileCrops(Dataset):
 
 
 def batches(images: Images, plan, args):
-    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], first
-    views before second ones, and labels [b], on the device. u None: center crops."""
+    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], all
+    first views first, and labels [b], on the device. u is None: center crops."""
     if images.pixels is None:
         keys = ([(i, None if u is None else u[k].numpy()) for k, i in enumerate(index.tolist())]
                 for index, u in plan)
@@ -812,7 +812,7 @@ def batches(images: Images, plan, args):
         yield crops, to_device(images.labels[index], args.device)
 
 
-def ignore_signals(worker: int) -> None:  # workers are ended by their parent, which saves first
+def ignore_signals(worker: int) -> None:  # the parent saves, then stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -867,7 +867,7 @@ def log(args, **record) -> None:
 
 
 def save_views(x: Tensor, images: Images, args) -> None:
-    """views.png: the first n images of a run, each above its normalized views x [2n, 3, S, S]."""
+    """Save views.png: the first n images, each above its views (x [2n, 3, S, S], normalized)."""
     if rank() == 0:
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "order", 0))
         shown, _ = next(batches(images, [(order[:len(x) // 2], None)], args))
@@ -877,7 +877,7 @@ def save_views(x: Tensor, images: Images, args) -> None:
 
 
 def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
-    """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
+    """Save last.pt, encoder.pt (for torchvision or timm), and its description encoder.json."""
     if rank() > 0:
         return
     run = {"step": step, "config": args.config, "recipe": args.recipe, "model": model.state_dict(),
@@ -901,19 +901,19 @@ def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> No
 def read_checkpoint(path: str, advice: str) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many kinds of errors
         sys.exit(f"{path} cannot be read ({type(error).__name__}): {advice}")
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
     """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
-    args.config = json.loads(json.dumps(args.config))  # lists for tuples
+    args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
         checkpoint = read_checkpoint(last, "delete it to start over")
         old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
         if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
-            sys.exit(f"{args.out} holds a run with other {', '.join(names)}: choose another --out")
+            sys.exit(f"{args.out} has a run with different {', '.join(names)}: use another --out")
         print0(f"{args.out}: continuing from step {step}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -922,7 +922,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
         sys.exit(f"--out {args.out} must be one folder that all machines share")
     if rank() == 0 and (step == 0 or step < stop):
         lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        lines = [x for x in lines if x.endswith("\n")]  # a kill may cut the last one in two
+        lines = [x for x in lines if x.endswith("\n")]  # a killed run may leave a partial line
         path.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= step))
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
         failed, commit = subprocess.getstatusoutput(git)
@@ -936,7 +936,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """The line that a run ends with: its folder, and the accuracy before and after."""
+    """Print the last line of a run: its folder, and the accuracy before and after training."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
@@ -945,7 +945,7 @@ def summarize(step: int, total: int, args) -> None:
 
 
 def load_encoder(args) -> nn.Module:
-    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    """Build the encoder and load --init, which must match. Ignores a classifier (fc, head)."""
     print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
     try:
         encoder = build_encoder(args)
@@ -972,7 +972,7 @@ def load_encoder(args) -> nn.Module:
 def main(argv: list[str] | None = None) -> int:
     def stop_soon(number, frame):
         STOP.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C exits at once
     args = parse_args(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
@@ -983,15 +983,15 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(0.2)  # torch 2.6's Gloo may deadlock if destroyed right after a collective
             dist.destroy_process_group()
         return 0
-    except (KeyboardInterrupt, OSError) as error:  # OSError: a disk or a network that fails
-        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: the same command continues it")
+    except (KeyboardInterrupt, OSError) as error:  # OSError: disk or network failure
+        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: rerun the command to continue")
     except RuntimeError as error:
         if "shared memory" not in f"{error} {error.__cause__}":
             raise
         sys.exit("/dev/shm is too small: use --workers 0, or docker's --shm-size")
     finally:
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():  # of an error; they ignore SIGTERM
+        for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
 
 

@@ -7,28 +7,28 @@ its issues; "recalled": from memory, as we had no access to v2's appendices. Thr
     1. pretrain: x1, x2 = t(x), t'(x)    # two random views of N images              [N, 3, S, S]
        h = f(x); z = g(h)                # encoder f, head g; all 2N views in one pass    [2N, d]
        L_i = -log(exp(cos(z_i, z_j) / tau) / sum_k exp(cos(z_i, z_k) / tau))        # v1, Eq. (1)
-                                         # j: the other view of i; k: all 2N views but i
+                                         # j: the other view of i; k: all 2N views except i
     2. finetune: f_task(x) = W_task * ReLU(BN(W_1 * f(x)))     # W_1: g's first layer [N, classes]
                                          # cross-entropy, with 1 % or 10 % of the labels
     3. distill: L = -sum_y P_T(y | x) log P_S(y | x)           # P = softmax(f_task(x) / tau)
                                          # teacher T fixed, student S new; all images, no labels
 
---from-layer k starts from the output of the head's k-th layer: 0 is the encoder's h, 1 the output
-of the first linear layer, its batch norm and ReLU, which are kept and trained; the last one is z.
+--from-layer k puts the classifier on the head's k-th layer. k = 0 is the encoder's h, k = 1 the
+output of the first linear layer, batch norm and ReLU, which fine-tuning also trains; the last is z.
 
-The gradient passes through the gather of all processes' z, and batch norm, also in the head, sees
-the views of all: that makes one global batch of them. The loss is twice v1's mean, as in the
-authors' code. Distillation's is times tau^2, as in their notebook; LARS hides this from weights,
-not from norms and biases (--no-tau-squared). v2's memory (--queue 65536) is off, as their code
-lacks it: ResNet-50 reaches 71.7 % with it, 71.1 % without (an author). Its details are our choice:
-both views query and enter, the momentum encoder is in train mode, the queue starts at random.
+z is gathered from all processes, with gradient, and batch norm is synchronized, also in the head:
+all processes form one global batch. The loss is twice v1's mean, as in the authors' code. The
+distillation loss is times tau^2, as in their notebook (--no-tau-squared: off); with LARS this
+affects norms and biases, but hardly the weights. v2's memory (--queue 65536) is off: the authors'
+code lacks it. ResNet-50 reaches 71.7 % with it, 71.1 % without (an author). Our choices: both views
+are queries and are enqueued, the momentum encoder is in train mode, the first queue is random.
 
-Differences from the authors' code: bfloat16 where the hardware supports it; the rest of an epoch is
-dropped (there: batches across epochs); He initialization (there: 1 / sqrt(fan_in)); torchvision's
-crops and colors (there: bicubic, contrast around each channel's mean, saturation in HSV, one sigma
-of blur a batch; v1: brightness by an offset); symmetric padding of the max-pool; no projection in
-the first shortcut of ResNet-18 and -34; fine-tuning makes a new classifier (there, in TensorFlow 2:
-the online one, which has seen all labels) and trains the kept layer (in TensorFlow 1: not).
+Differences from the authors' code: bfloat16 where the hardware supports it; incomplete batches are
+dropped (there: batches span epochs); He initialization (there: 1 / sqrt(fan_in)); torchvision's
+crops and colors (there: bicubic, contrast around each channel's mean, saturation in HSV, one blur
+sigma per batch; v1: brightness by an offset); symmetric padding of the max-pool; no projection in
+the first shortcut of ResNet-18 and -34; fine-tuning uses a new classifier (their TensorFlow 2 code:
+the online one, which has seen all labels) and trains the kept layer (TensorFlow 1 code: frozen).
 
     python simclr_v2.py                                             # built-in images, any machine
     torchrun --nproc_per_node=8 simclr_v2.py --data /data/imagenet --arch resnet152 --width 3 --sk
@@ -94,13 +94,13 @@ class Pretrain:
     # optimization
     temperature: float = 0.1            # tau, authors' code
     queue: int = 0                      # negatives from earlier batches. v2: 65536
-    ema_momentum: float = 0.999         # of their encoder, v2, Sec. 3
+    ema_momentum: float = 0.999         # of the queue's momentum encoder, v2, Sec. 3
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # v2, Sec. 3
     epochs: int = 800                   # v2, Sec. 3.1
     batch_size: int = 4096              # of all processes together, v2, Sec. 3.1
     lr_rule: Literal["sqrt", "linear"] = "sqrt"  # an author; see set_lr
     base_lr: float = 0.1                # an author
-    warmup_epochs: float = 40.0         # 5 %, an author
+    warmup_epochs: float = 40.0         # 5 % of the epochs: an author
     momentum: float = 0.9               # of LARS and SGD, v2, Sec. 3
     weight_decay: float = 1e-4          # authors' code
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 where native; ours
@@ -151,19 +151,19 @@ class Finetune(Linear):
 
 @dataclasses.dataclass
 class Distill:
-    """Distillation on ImageNet: v2, Sec. 3.1; lr, warm-up, decay and batch as in stage 1:
-    recalled; LARS: authors' notebook ("arbitrary": an author)."""
+    """Distillation on ImageNet: v2, Sec. 3.1. lr, warm-up, decay and batch as in stage 1: recalled.
+    LARS: as in the authors' notebook (an author calls it "arbitrary")."""
 
-    temperature: float = 1.0            # tau. Into a network like the teacher: 0.1, see distill()
+    temperature: float = 1.0            # tau. For self-distillation: 0.1, see distill()
     tau_squared: bool = True            # loss times tau^2: authors' notebook; see above
-    alpha: float = 1.0                  # weight of distillation; 1 - alpha: of labels, recalled
-    labels: str = ""                    # which, if alpha < 1. "": the teacher's
+    alpha: float = 1.0                  # weight of distillation; labels: 1 - alpha, recalled
+    labels: str = ""                    # as in Linear, used if alpha < 1. "": the teacher's
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
     lr_rule: Literal["sqrt", "linear"] = "sqrt"
     base_lr: float = 0.1
     epochs: int = 400
     batch_size: int = 4096
-    warmup_epochs: float = 20.0         # 5 %
+    warmup_epochs: float = 20.0         # 5 % of the epochs
     momentum: float = 0.9
     weight_decay: float = 1e-4
     crop_min: float = 0.08
@@ -174,10 +174,10 @@ CIFAR = Pretrain(  # the command in the authors' code; jitter of strength 1/2, n
     arch="resnet18", small_images=True, patch_size=4, temperature=0.5, epochs=1000, batch_size=512,
     lr_rule="linear", base_lr=1.0, warmup_epochs=10.0, image_size=32,
     jitter=(0.4, 0.4, 0.4, 0.1), blur_prob=0.0)
-RECIPES = {  # what names no source is our choice
+RECIPES = {  # entries without a source are our choice
     "pretrain": {
         "imagenet": Pretrain(),
-        "imagenet-v1": Pretrain(  # v1, Sec. 6; temperature: recalled; by sqrt base_lr is 0.075
+        "imagenet-v1": Pretrain(  # v1, Sec. 6; temperature: recalled; base_lr for sqrt: 0.075
             head_layers=2, epochs=1000, lr_rule="linear", base_lr=0.3, warmup_epochs=10.0,
             weight_decay=1e-6),
         "imagenet-vit": Pretrain(  # lr and decay: MoCo v3's comparison, arXiv:2104.02057, Sec. 4.2
@@ -215,8 +215,8 @@ COLOR_DRAWS = 13  # uniform random numbers for one view of one image; augment us
 
 
 def augment(x: Tensor, u: Tensor, args) -> Tensor:
-    """Colors and blur (v1, App. A) of x [B, 3, S, S] in [0, 1], crops that training_batches() has
-    made and flipped. u [B, COLOR_DRAWS]: uniform random numbers. Later stages use crops alone."""
+    """Color jitter, grayscale and blur (v1, App. A) of crops x [B, 3, S, S] in [0, 1], already
+    flipped. u [B, COLOR_DRAWS]: uniform random numbers. Later stages only crop and flip."""
     u_jitter, u_gray, u_blur, _ = u.split([9, 1, 2, 1], dim=1)
     x = color_jitter(x, u_jitter, args.jitter, args.jitter_prob)
     x = grayscale(x, u_gray[:, 0], args.gray_prob)
@@ -232,7 +232,7 @@ def build_encoder(args) -> nn.Module:
     if args.arch.startswith("resnet"):
         return resnet(int(args.arch.removeprefix("resnet")), args.width, 0.0625 * args.sk,
                       small_images=args.small_images, zero_init_residual=args.zero_init_residual)
-    # A frozen patch projection stabilizes pre-training. Later stages train it, too.
+    # A frozen patch projection stabilizes pre-training. Later stages train it.
     projection = args.patch_projection if args.stage == "pretrain" else "learned"
     encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size,
                   heads=args.heads, patch_projection=projection)
@@ -255,8 +255,8 @@ def projection_head(in_dim: int, layers: int, dim: int) -> nn.Sequential:
 
 
 class SimCLR(nn.Module):
-    """g(f(x)). classes: with an online classifier on h, whose gradient does not reach the encoder.
-    queue: with a momentum encoder and head, and so many of its keys as further negatives.
+    """g(f(x)). classes > 0 adds an online classifier on h, without gradient to the encoder.
+    queue > 0 adds a momentum encoder and head, and a queue of that many of their keys (negatives).
     encoder: images [B, 3, S, S] -> h [B, encoder.feature_dim]."""
 
     def __init__(self, encoder: nn.Module, dim: int = 128, head_layers: int = 3, queue: int = 0,
@@ -277,8 +277,8 @@ class SimCLR(nn.Module):
             self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor):
-        """x [2N, 3, S, S], first views before second ones -> z1, z2 [N, d]; the momentum encoder's
-        keys (k1, k2) of that shape, or None; the online logits [2N, classes], or None."""
+        """x [2N, 3, S, S], all first views first -> z1, z2 [N, d]; the momentum encoder's keys
+        (k1, k2) of that shape, or None; the online logits [2N, classes], or None."""
         h = self.encoder(x)  # one pass: batch norm sees both views
         z1, z2 = self.projector(h).chunk(2)
         keys = None
@@ -289,8 +289,8 @@ class SimCLR(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: tuple[Tensor, Tensor], m: float) -> None:
-        """After a step: the momentum encoder follows the new weights; the keys of both views, of
-        all processes, replace the oldest ones in the queue."""
+        """Call after a step: update the momentum encoder and replace the oldest keys in the queue
+        by those of both views of all processes."""
         torch._foreach_lerp_([*self.key_encoder.parameters(), *self.key_projector.parameters()],
                              [*self.encoder.parameters(), *self.projector.parameters()], 1 - m)
         keys = torch.cat([all_gather(F.normalize(k.to(self.queue), dim=1, eps=1e-6)) for k in keys])
@@ -300,7 +300,7 @@ class SimCLR(nn.Module):
 
 
 def task_network(encoder: nn.Module, kept: nn.Sequential, classes: int) -> nn.Sequential:
-    """f_task (v2, Sec. 2): a new linear classifier on the kept layers of the head on the encoder.
+    """f_task (v2, Sec. 2): encoder, kept layers of the head, and a new linear classifier.
     Images [B, 3, S, S] -> logits [B, classes]."""
     fc = nn.Linear(kept[-1][0].out_features if len(kept) else encoder.feature_dim, classes)
     nn.init.zeros_(fc.weight)  # zero_init_logits_layer in the authors' commands
@@ -318,17 +318,17 @@ def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
 
     z1, z2 [n, d] of one process -> logits [2n, 2N], positives [2n]. With z = (a, b) and N = 2:
 
-               b1     b2     a1     a2        a positive stands at row number + rank * n; an
-        a1   (a1b1)  a1b2    -inf   a1a2      anchor is no candidate for itself
+               b1     b2     a1     a2        (): the positive, in column i + rank * n for image i
+        a1   (a1b1)  a1b2    -inf   a1a2      -inf: an anchor is not a candidate for itself
         a2    a2b1  (a2b2)   a2a1   -inf
                a1     a2     b1     b2
         b1   (b1a1)  b1a2    -inf   b1b2
         b2    b2a1  (b2a2)   b2b1   -inf
 
-    The columns' a and b are those of all processes, with gradient. With keys they are the momentum
-    encoder's, without, and queue [K, d] adds K columns of negatives (our reading of v2's memory).
+    The columns are a and b of all processes, with gradient. If keys are given, they are the columns
+    (without gradient), and queue [K, d] adds K negatives (our reading of v2's memory).
     """
-    with torch.autocast(z1.device.type, enabled=False):  # which would round the products
+    with torch.autocast(z1.device.type, enabled=False):  # bfloat16 would round the products
         z1, z2, *keys = (F.normalize(z.float() if z.element_size() == 2 else z, dim=1, eps=1e-6)
                          for z in (z1, z2, *(keys or ())))
         a, b = map(all_gather, keys) if keys else map(gather_with_grad, (z1, z2))
@@ -338,15 +338,15 @@ def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
             logits = torch.cat([logits, torch.cat([z1, z2]) @ queue.detach().to(z1.dtype).T], dim=1)
         column = torch.arange(logits.shape[1], device=logits.device)
         positive = column[:len(z1)].repeat(2) + (rank() * len(z1) if len(a) > len(z1) else 0)
-        itself = column == positive[:, None] + len(a)  # no index: that would wait for the GPU
+        itself = column == positive[:, None] + len(a)  # indexing would wait for the GPU
         return logits.masked_fill(itself, -math.inf) / temperature, positive
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float,
                  keys: tuple[Tensor, Tensor] | None = None, queue: Tensor | None = None) -> Tensor:
-    """NT-Xent (v1, Eq. 1, Alg. 1): the mean over 2N anchors. ln(2N - 1) where all z are equal.
-    z1, z2 [n, d]: this process's, of any length -> [], in float32 at least. The mean over processes
-    is the loss of the global batch. keys, queue: see contrast_logits."""
+    """NT-Xent (v1, Eq. 1, Alg. 1), averaged over 2N anchors. It is ln(2N - 1) if all z are equal.
+    z1, z2 [n, d] of this process, not normalized -> [], in float32 or better. The mean over
+    processes is the loss of the global batch. keys, queue: see contrast_logits."""
     return F.cross_entropy(*contrast_logits(z1, z2, temperature, keys, queue))
 
 
@@ -364,9 +364,9 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """LARS with the lr inside the momentum: norms and biases get the raw lr and no decay, the
-    matrix of a classifier the raw lr, but a student's is adapted like the others (authors' code and
-    notebook). Nesterov SGD, and AdamW as in MoCo v3: decay on all but batch norms."""
+    """LARS with the lr inside the momentum. Norms and biases get no adaptation and no decay, a
+    classifier's matrix no adaptation, except in distillation (authors' code and notebook). Nesterov
+    SGD and AdamW (as in MoCo v3) decay everything but batch norms."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if args.optimizer == "lars":
         raw = [named.pop(name) for name in ("online.weight", "fc.weight")
@@ -394,7 +394,7 @@ def warmup_cosine(epoch: float, args) -> float:
 
 
 def set_lr(optimizer, epoch: float, args) -> None:
-    """Scaled by the number of images in the global batch, not of views (v1, App. B.1)."""
+    """Scale the lr by the number of images in the global batch, not of views (v1, App. B.1)."""
     scale = math.sqrt(args.batch_size) if args.lr_rule == "sqrt" else args.batch_size / 256
     for group in optimizer.param_groups:
         group["lr"] = args.base_lr * scale * warmup_cosine(epoch, args)
@@ -408,8 +408,8 @@ def train_step(model, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
     set_lr(optimizer, epoch, args)
     with autocast(args):
         z1, z2, keys, logits = model(x)
-    # The authors' code adds the means of the two views. LARS hides that factor of 2 from the
-    # weights, except for the balance with their decay, but not from norms and biases.
+    # The authors' code adds the mean losses of the two views: a factor of 2. With LARS it affects
+    # norms and biases, but the weights only through the balance with their decay.
     loss = 2 * nt_xent_loss(z1, z2, args.temperature, keys, module.queue)
     online = 0.0 if logits is None else F.cross_entropy(
         logits.to(args.dtype), labels.repeat(2), ignore_index=-1, reduction="sum") / len(logits)
@@ -422,8 +422,8 @@ def train_step(model, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
 
 
 def monitors(z1: Tensor, z2: Tensor, logits: Tensor | None, labels: Tensor) -> dict[str, float]:
-    """Std and rank of z1; of all processes, the fraction of anchors that are nearest to their
-    positive, and of views with a label that the online classifier gets right."""
+    """Std and rank of z1; the fraction of anchors whose nearest candidate is their positive, and
+    the online classifier's accuracy on labeled views. Over all processes."""
     guesses = [contrast_logits(z1, z2, 1.0)] + [(logits, labels.repeat(2))] * (logits is not None)
     counts = [[(x.argmax(dim=1) == y).sum().item(), (y >= 0).sum().item()] for x, y in guesses]
     right, known = all_gather(torch.tensor([counts], dtype=torch.float64)).sum(dim=0).T
@@ -434,10 +434,10 @@ def monitors(z1: Tensor, z2: Tensor, logits: Tensor | None, labels: Tensor) -> d
 
 def pretrain(args) -> None:
     data = load_data(args)
-    per_epoch = data.size // args.batch_size  # the rest of an epoch is dropped
+    per_epoch = data.size // args.batch_size  # drops the last, incomplete batch
     if args.queue % (2 * args.batch_size) or 0 < 2 * per_epoch * args.batch_size <= args.queue:
-        sys.exit(f"--queue {args.queue}: must be a multiple of {2 * args.batch_size}, a batch's "
-                 "views, and less than an epoch's, or an image would be its own negative")
+        sys.exit(f"--queue {args.queue}: must be a multiple of {2 * args.batch_size} (the views "
+                 "of a batch) and below an epoch's views, or an image would be its own negative")
     model = SimCLR(load_encoder(args), args.dim, args.head_layers, args.queue,
                    0 if data.val is None else data.num_classes)
     net = distribute(model, args)
@@ -485,33 +485,33 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def labeled(images: "Images", args) -> "Images":
-    """The images whose labels --labels gives: a fraction, as many of each class or one more, drawn
-    by the seed; or a file that lists images, a line each, by file name or class/name."""
+    """The labeled subset: a class-balanced random fraction (drawn with --seed), or the images in
+    the file --labels, one per line, by file name or class/name."""
     if re.fullmatch(r"[\d.]+", args.labels):
         fraction = float(args.labels)
         if not 0 < fraction <= 1:
-            sys.exit(f"--labels {args.labels}: a fraction is above 0 and at most 1")
+            sys.exit(f"--labels {args.labels}: must be above 0 and at most 1")
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "labels"))
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
-        # The first of one order, so that 1 % is a part of 10 %, as in SimCLR's lists.
+        # Prefixes of one order: the 1 % subset is part of the 10 % subset, as in SimCLR's lists.
         each, rest = divmod(max(len(parts), round(fraction * len(order))), len(parts))
         more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
         picked = torch.cat([part[:each + one] for part, one in zip(parts, more)]).sort()[0]
         if fraction == 1:
             return images
     else:
-        places = {}  # of the end of a path: the images that it names
+        places = {}  # file name or class/name -> indices of its images
         for i, path in enumerate(() if images.paths is None else map(Path, images.paths)):
             for name in (path.name, f"{path.parent.name}/{path.name}"):
                 places.setdefault(name, []).append(i)
         lines = [x.strip() for x in Path(args.labels).read_text().splitlines() if x.strip()]
         wrong = [x for x in lines if len(places.get(x, ())) != 1]
         if wrong or not lines:
-            sys.exit(f"--labels {args.labels}: {len(wrong)} of {len(lines)} lines name no image of "
-                     f"the training set, or more than one, the first one {wrong[:1]}")
+            sys.exit(f"--labels {args.labels}: {len(wrong)} of {len(lines)} lines do not match "
+                     f"exactly one training image, for example {wrong[:1]}")
         picked = torch.tensor(sorted({places[x][0] for x in lines}))
     if args.batch_size > len(picked):
-        sys.exit(f"--batch-size {args.batch_size}: --labels has only {len(picked)} images")
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(picked)} labeled images")
     args.config["labeled"] = hashlib.blake2b(picked.numpy().tobytes(), digest_size=8).hexdigest()
     return Images(*(x if x is None else x[picked] for x in vars(images).values()))
 
@@ -519,19 +519,19 @@ def labeled(images: "Images", args) -> "Images":
 def load_network(args, classes: int) -> nn.Sequential:
     """task_network with the weights of --init, and the first --from-layer layers of its head."""
     file, k = args.initial, args.from_layer
-    encoder = load_encoder(args)  # takes args.initial away
+    encoder = load_encoder(args)  # pops args.initial
     size = {x: file["config"][x] for x in ("head_layers", "dim") if x in file.get("config", {})}
-    args.config |= size  # for stage 3: only the last of all layers has no ReLU
+    args.config |= size  # stage 3 rebuilds the head from this
     head = projection_head(encoder.feature_dim, size.get("head_layers", 0), size.get("dim", 1))[:k]
     names, weights = head.state_dict().keys(), file.get("model", {})
     if len(head) < k or not {"projector." + name for name in names} <= weights.keys():
-        sys.exit(f"--from-layer {k}: {args.init} holds fewer layers of the head")
+        sys.exit(f"--from-layer {k}: {args.init} has fewer head layers")
     head.load_state_dict({name: weights["projector." + name] for name in names})
     return task_network(encoder, head, classes).to(args.device, args.dtype)
 
 
 def linear(args) -> None:
-    """A classifier on the frozen encoder, or --from-layer of the head. Random crops and flips."""
+    """Train a classifier on frozen features, of head layer --from-layer. Random crops and flips."""
     data = load_data(args)
     if data.val is None:
         sys.exit(f"linear needs labels: {args.data} has no train/ and val/ of class folders")
@@ -574,7 +574,7 @@ def linear(args) -> None:
 
 
 def unless_given(args, **values) -> None:
-    """Sets these, in the configuration too, where the value is still the recipe's."""
+    """Set these, also in args.config, unless the command line changed them."""
     for name, value in values.items():
         if getattr(args, name) == getattr(RECIPES[args.stage][args.recipe], name):
             args.config[name] = value
@@ -582,8 +582,8 @@ def unless_given(args, **values) -> None:
 
 
 def published(args, fraction: float) -> None:
-    """Settings by the fraction of the labels (v2, Sec. 3.1): half the epochs from 10 % on, and the
-    encoder's own output with all labels. Between the published 1, 10 and 100 %: the nearest."""
+    """Settings that depend on the fraction of labels (v2, Sec. 3.1): half the epochs for 10 % and
+    100 %, from_layer 0 for 100 %. Other fractions use the nearest of 1, 10 and 100 %."""
     head_layers = args.initial.get("config", {}).get("head_layers")
     if fraction > 0.03:
         unless_given(args, epochs=args.epochs // 2)
@@ -592,11 +592,11 @@ def published(args, fraction: float) -> None:
     elif head_layers is not None:  # the last layer's output, z, is a poor choice
         unless_given(args, from_layer=min(args.from_layer, max(0, head_layers - 1)))
     if args.recipe == "imagenet" and (args.width > 1 or args.sk):
-        unless_given(args, base_lr=0.002)  # recalled: lr 0.064 in place of 0.16 at batch 1024
+        unless_given(args, base_lr=0.002)  # recalled: lr 0.064 instead of 0.16 at batch 1024
 
 
 def finetune(args) -> None:
-    """Stage 2: all weights and a new classifier on the labeled images. Random crops and flips."""
+    """Stage 2: train all weights and a new classifier on labeled images. Random crops and flips."""
     data = load_data(args)
     if data.val is None:
         sys.exit(f"finetune needs labels: {args.data} has no train/ and val/ of class folders")
@@ -640,7 +640,7 @@ def finetune(args) -> None:
 
 def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: float, args):
     """One step of stage 3 (v2, Sec. 2) on crops x [n, 3, S, S] -> loss [], logits of student and
-    teacher [n, classes]. alpha < 1: with the labels [n], -1 if unknown (the mixture: recalled)."""
+    teacher [n, classes]. alpha < 1 adds a loss on labels [n], -1 if unknown (recalled)."""
     set_lr(optimizer, epoch, args)
     with autocast(args):
         s, t = student(x), teacher(x)
@@ -659,8 +659,8 @@ def distill_step(student, teacher, optimizer, x: Tensor, labels: Tensor, epoch: 
 def known_labels(images: "Images", args) -> Tensor:
     """The labels [n] of the images that --labels gives, -1 for all others."""
     i = (images.labels >= 0).nonzero()[:, 0]  # STL-10 has unlabeled images; folders have none
-    args = argparse.Namespace(**vars(args) | {"batch_size": 1})  # fewer than a batch will do
-    i = labeled(Images(images.labels[i], i, images.paths), args).pixels  # numbers as pixels
+    args = argparse.Namespace(**vars(args) | {"batch_size": 1})  # there may be fewer than a batch
+    i = labeled(Images(images.labels[i], i, images.paths), args).pixels  # indices, not pixels
     return torch.full_like(images.labels, -1).index_copy(0, i, images.labels[i])
 
 
@@ -673,17 +673,17 @@ def distill(args) -> None:
     theirs = {x: config[x] for x in ENCODER}
     other = {x for x in ENCODER if json.dumps(getattr(args, x)) != json.dumps(theirs[x])}
     if wrong := other & {"image_size", "mean", "std", "small_images"}:
-        sys.exit(f"the teacher sees the same images, but has other {', '.join(sorted(wrong))}")
+        sys.exit(f"student and teacher must have the same {', '.join(sorted(wrong))}")
     if not other & {"arch", "width", "sk"}:
         unless_given(args, temperature=0.1)  # self-distillation: v2, Sec. 3.1
-    data = load_data(argparse.Namespace(**vars(args) | {"stage": "pretrain"}))  # all of STL-10
+    data = load_data(argparse.Namespace(**vars(args) | {"stage": "pretrain"}))  # also unlabeled
     classes = len(weights["fc.weight"])
     if data.val is not None and data.num_classes != classes:
         sys.exit(f"the teacher has {classes} classes, {args.data} has {data.num_classes}")
     args.config["labels"] = args.labels = args.labels or config.get("labels", "")
     if args.alpha != 1:
         if args.alpha > 1 or data.val is None or not args.labels:
-            sys.exit(f"--alpha {args.alpha}: must be 1, or below and with --labels")
+            sys.exit(f"--alpha {args.alpha}: must be 1, or below 1 with --labels")
         data.train.labels = known_labels(data.train, args)
     teacher = load_network(argparse.Namespace(**vars(args) | theirs | {
         "init": path, "initial": file, "from_layer": config.get("from_layer", 0)}), classes)
@@ -708,7 +708,7 @@ def distill(args) -> None:
         if step in (1, stop) or 0 in (left, step % args.log_every) or STOP and world_size() == 1:
             loss, halt = agree(loss, student)
             seconds = (time.time() - began) / (step - logged)
-            floor = args.alpha * distillation_loss(t, t, args.temperature)  # the loss is no less
+            floor = args.alpha * distillation_loss(t, t, args.temperature)  # a lower bound
             floor = floor * (args.temperature ** 2 if args.tau_squared else 1)
             same_class = (s.argmax(dim=1) == t.argmax(dim=1)).to(t.dtype).mean()
             floor, same_class = all_gather(torch.stack([floor, same_class])[None]).mean(dim=0)
@@ -731,23 +731,23 @@ def distill(args) -> None:
 STAGES = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "distill": distill}
 
 # ---------------------------------------------------------------------------------------- plumbing
-# From here to the end all scripts are the same to the letter. First the command line.
+# Everything below is identical in all five scripts. First the command line.
 
 DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "stl10"}
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # SIGTERM (SLURM, spot machines) and Ctrl-C fill it: save soon, and end
+STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
 
 
 def recipe(stage: str, name: str) -> dict:
-    """All settings of a recipe: the stage's own, and those of the encoder that it works on."""
+    """All settings of a recipe: those of the stage and those of its encoder."""
     encoder = {field: getattr(RECIPES["pretrain"][name], field) for field in ENCODER}
     return {**encoder, **vars(RECIPES[stage][name])}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line. Reads no file: what it leaves open is None until settle() fills it in."""
+    """Parse the command line. Reads no files: unset options stay None until settle() sets them."""
     stage, *argv = argv if argv and argv[0] in STAGES else ["pretrain", *argv]
     parser = argparse.ArgumentParser(
         usage=f"{SCRIPT}.py [{'|'.join(STAGES)}] [flags]", description=__doc__, allow_abbrev=False,
@@ -757,20 +757,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
     add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); a run in it is continued")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
-        required=stage != "pretrain", help="last.pt of a run (later stages take data and recipe "
-        "from it, too), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
-    add("--steps", type=int, default=sys.maxsize, help="pause at this step; may be raised later")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, or cpu")
-    add("--workers", type=int, help="data loading processes, for each GPU (default: all cores)")
+        required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
+        "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
+    add("--steps", type=int, default=sys.maxsize, help="stop at this step; raise it to continue")
+    add("--seed", type=int, default=0, help="for weights, data order and augmentation (default: 0)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if available, else cpu")
+    add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; at an epoch's end 1")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's value, and what other recipes change")
+    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -781,26 +781,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def settle(args) -> argparse.Namespace:
-    """Fills in what the command line left open, from the file of --init or from the recipe."""
+    """Set the unset options, from the --init file or else from the recipe."""
     file = args.initial = {} if args.init == "none" else read_checkpoint(
         args.init, "--init takes a run's last.pt or encoder.pt, or the weights of an encoder")
-    beside = Path(args.init).with_suffix(".json")  # of encoder.pt
+    beside = Path(args.init).with_suffix(".json")  # next to encoder.pt
     about = json.loads(beside.read_text()) if beside.exists() else file.get("config", {}) | file
     defaults = {"data_root": "data"} | ({"data": "demo"} if args.stage == "pretrain" else {
         x: about[x] for x in ("data", "data_root", "recipe", *ENCODER) if x in about})
     vars(args).update({x: defaults[x] for x in defaults if getattr(args, x) is None})
     if args.data is None:
-        sys.exit(f"{args.init} does not say which images to use: give --data")
+        sys.exit(f"{args.init} does not name a data set: use --data")
     if args.data not in DATA_RECIPES and not os.path.isdir(args.data):
         sys.exit(f"--data {args.data}: not a folder, and not one of {', '.join(DATA_RECIPES)}")
     if args.recipe not in RECIPES[args.stage]:
-        kind = DATA_RECIPES.get(args.data, "imagenet")  # a ResNet's or a ViT's
+        kind = DATA_RECIPES.get(args.data, "imagenet")  # its first recipe for a ResNet or a ViT
         args.recipe = next((x for x, fields in RECIPES["pretrain"].items() if x.startswith(kind)
                             and (args.arch or fields.arch).startswith(fields.arch[:3])), kind)
     settings = recipe(args.stage, args.recipe)
     vars(args).update({x: settings[x] for x in settings if getattr(args, x) is None})
     if args.arch not in ARCHS:
-        sys.exit(f"{args.init} holds a {args.arch}, which {SCRIPT}.py does not build")
+        sys.exit(f"{args.init} contains {args.arch}, which {SCRIPT}.py does not support")
     for name, value in vars(args).items():
         most = 1 if name.endswith(("_prob", "_min", "momentum", "tau")) else math.inf
         for x in value if type(value) in (list, tuple) else [value]:
@@ -837,7 +837,7 @@ def setup(args) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
     if args.batch_size % world_size():
         sys.exit(f"--batch-size {args.batch_size} is not a multiple of {world_size()} processes")
-    if args.workers is None:  # the cores that this process may use, which may be fewer than all
+    if args.workers is None:  # cores available to this process, maybe not all
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(torchrun.get("LOCAL_WORLD_SIZE", 1)))
     args.dtype = torch.float64 if args.precision == "fp64" else torch.float32
@@ -847,22 +847,22 @@ def setup(args) -> None:
         try:
             import fcntl
             lock = os.open(os.path.join(args.out, "lock"), os.O_CREAT | os.O_WRONLY)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
         except BlockingIOError:
-            sys.exit(f"another run is at work in {args.out}: choose another --out")
+            sys.exit(f"{args.out} is in use by another run: choose another --out")
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
 
 
 def distribute(model: nn.Module, args) -> nn.Module:
-    """The model on its device; with several processes, with the global batch's gradients and BN."""
+    """Move the model to the device. With several processes: wrap it in DDP, synchronize BN."""
     model.to(args.device, args.dtype)
     return model if world_size() == 1 else nn.parallel.DistributedDataParallel(
         sync_batch_norm(model), broadcast_buffers=False)
 
 
 def autocast(args):
-    """bfloat16 for the forward pass. --precision auto: where it is native, on a CPU for ResNets."""
+    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -871,12 +871,12 @@ def autocast(args):
 
 
 def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether one was told to stop. Ends a diverged run."""
+    """Mean loss over processes, and whether any was signaled to stop. Exits on divergence."""
     finite = torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all()
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: try a lower --base-lr (last.pt is from before)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
     return loss, told > 0
 
 
@@ -886,12 +886,12 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
 @dataclasses.dataclass
 class Images:
     labels: Tensor                    # [n], -1 if unknown
-    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device; if None:
-    paths: np.ndarray | None = None   # [n] files, decoded by the loader's workers
+    pixels: Tensor | None = None      # uint8 [n, 3, H, W] on the device, if they are in memory
+    paths: np.ndarray | None = None   # [n] files, decoded by DataLoader workers if pixels is None
 
 
 def load_data(args) -> argparse.Namespace:
-    """train, its size; and if there are labels, bank (images for kNN), val and num_classes."""
+    """Returns train and its size and, if there are labels, bank (for kNN), val and num_classes."""
     if args.data == "demo":
         train, val = (Images(labels, pixels.to(args.device)) for pixels, labels in (
             demo_images(4000, seed=0), demo_images(1000, seed=1)))
@@ -899,7 +899,7 @@ def load_data(args) -> argparse.Namespace:
     elif args.data in DATA_RECIPES:
         if rank() == 0:
             torchvision_images(args, "train", download=True)
-        all_gather(torch.zeros(1))  # wait for it
+        all_gather(torch.zeros(1))  # wait for the download
         bank, val = torchvision_images(args, "train"), torchvision_images(args, "test")
         unlabeled = args.data == "stl10" and args.stage == "pretrain"
         train = torchvision_images(args, "train+unlabeled") if unlabeled else bank
@@ -926,8 +926,8 @@ def torchvision_images(args, split: str, download: bool = False) -> Images:
 
 
 def image_files(root: str, args) -> dict[str, str]:
-    """The images below root, sorted, and the folder of root that each is in. No hidden files."""
-    found, seen = {}, {os.path.realpath(args.out)}  # each real folder once; not the run folder
+    """Sorted image paths under root, each with its top-level folder. Skips hidden files."""
+    found, seen = {}, {os.path.realpath(args.out)}  # visit each folder once, skip the run folder
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(x for x in folders if x[0] != "." and real not in seen)
@@ -944,23 +944,23 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
     """train, bank and val. The class is the first folder below train/ or val/."""
     splits = [os.path.join(args.data, split) for split in ("train", "val")]
     if not all(map(os.path.isdir, splits)):
-        print0(f"{args.data}: no train/ and val/ here; all images below it are used, unlabeled")
+        print0(f"{args.data}: no train/ and val/, using all images in it without labels")
         return in_memory(image_files(args.data, args), {}, args), None, None
     train, val = (image_files(split, args) for split in splits)
     classes = {name: i for i, name in enumerate(sorted({*train.values()} - {""}))}
     if len(classes) < 2:
-        print0(f"{splits[0]}: fewer than two class folders; all images below it are unlabeled")
+        print0(f"{splits[0]}: fewer than two class folders, using all images without labels")
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is in none of the {len(classes)} class folders that train/ has")
+            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
 
 
 def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
-    """Small images, all of one size, are read once and held like CIFAR's. Others stay files."""
+    """Keep small images of equal size in memory, like CIFAR's. Other images are read when used."""
     labels = torch.tensor([classes.get(name, -1) for name in files.values()])
     images, held = Images(labels, paths=np.array([*files])), []
     for i in range(len(labels)):
@@ -974,8 +974,8 @@ def in_memory(files: dict[str, str], classes: dict[str, int], args) -> Images:
 
 @dataclasses.dataclass
 class FileCrops(Dataset):
-    """Decodes, crops, resizes and flips files, in the loader's workers. A key is (index, u) with
-    u [views, 23], or None for the center crop -> uint8 [views, 3, S, S] and label."""
+    """Decode, crop, resize and flip files, in the DataLoader workers. A key is (index, u); u is
+    [views, 23], or None for the center crop. Returns uint8 [views, 3, S, S] and the label."""
 
     images: Images
     args: argparse.Namespace
@@ -995,13 +995,13 @@ class FileCrops(Dataset):
         return torch.stack(views), label
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Pixels [3, H, W] and label; the next file takes the place of an unreadable one."""
+        """Pixels [3, H, W] and label. Replaces an unreadable file by the next one."""
         for i in (index + np.arange(10)) % len(self.images.labels):
             path = str(self.images.paths[i])
-            try:  # decode_image opens only names in UTF-8
+            try:  # decode_image cannot open names that are not UTF-8
                 x = torchvision.io.decode_image(torch.from_numpy(np.fromfile(path, "u1")), "RGB")
                 x = x if x.dtype == torch.uint8 else (x.int() >> 8).byte()  # 16-bit PNG
-                if x.ndim == 3:  # an animation has one dimension more
+                if x.ndim == 3:  # animations have a fourth dimension
                     return x, self.images.labels[i]
             except (OSError, RuntimeError):
                 pass
@@ -1010,8 +1010,8 @@ class FileCrops(Dataset):
 
 
 def batches(images: Images, plan, args):
-    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], first
-    views before second ones, and labels [b], on the device. u None: center crops."""
+    """For each (indices [b], u [b, views, 23]) in plan: crops [views * b, 3, S, S] in [0, 1], all
+    first views first, and labels [b], on the device. u is None: center crops."""
     if images.pixels is None:
         keys = ([(i, None if u is None else u[k].numpy()) for k, i in enumerate(index.tolist())]
                 for index, u in plan)
@@ -1032,7 +1032,7 @@ def batches(images: Images, plan, args):
         yield crops, to_device(images.labels[index], args.device)
 
 
-def ignore_signals(worker: int) -> None:  # workers are ended by their parent, which saves first
+def ignore_signals(worker: int) -> None:  # the parent saves, then stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1087,7 +1087,7 @@ def log(args, **record) -> None:
 
 
 def save_views(x: Tensor, images: Images, args) -> None:
-    """views.png: the first n images of a run, each above its normalized views x [2n, 3, S, S]."""
+    """Save views.png: the first n images, each above its views (x [2n, 3, S, S], normalized)."""
     if rank() == 0:
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "order", 0))
         shown, _ = next(batches(images, [(order[:len(x) // 2], None)], args))
@@ -1097,7 +1097,7 @@ def save_views(x: Tensor, images: Images, args) -> None:
 
 
 def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> None:
-    """last.pt; encoder.pt, for torchvision or timm; and encoder.json, which describes it."""
+    """Save last.pt, encoder.pt (for torchvision or timm), and its description encoder.json."""
     if rank() > 0:
         return
     run = {"step": step, "config": args.config, "recipe": args.recipe, "model": model.state_dict(),
@@ -1121,19 +1121,19 @@ def save(model: nn.Module, encoder: nn.Module, optimizer, step: int, args) -> No
 def read_checkpoint(path: str, advice: str) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many kinds of errors
         sys.exit(f"{path} cannot be read ({type(error).__name__}): {advice}")
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
     """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
-    args.config = json.loads(json.dumps(args.config))  # lists for tuples
+    args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
         checkpoint = read_checkpoint(last, "delete it to start over")
         old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
         if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
-            sys.exit(f"{args.out} holds a run with other {', '.join(names)}: choose another --out")
+            sys.exit(f"{args.out} has a run with different {', '.join(names)}: use another --out")
         print0(f"{args.out}: continuing from step {step}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1142,7 +1142,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
         sys.exit(f"--out {args.out} must be one folder that all machines share")
     if rank() == 0 and (step == 0 or step < stop):
         lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        lines = [x for x in lines if x.endswith("\n")]  # a kill may cut the last one in two
+        lines = [x for x in lines if x.endswith("\n")]  # a killed run may leave a partial line
         path.write_text("".join(x for x in lines if json.loads(x).get("step", 0) <= step))
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
         failed, commit = subprocess.getstatusoutput(git)
@@ -1156,7 +1156,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """The line that a run ends with: its folder, and the accuracy before and after."""
+    """Print the last line of a run: its folder, and the accuracy before and after training."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
@@ -1165,7 +1165,7 @@ def summarize(step: int, total: int, args) -> None:
 
 
 def load_encoder(args) -> nn.Module:
-    """A new encoder with the weights of --init, which must fit. A head (fc, head) is left out."""
+    """Build the encoder and load --init, which must match. Ignores a classifier (fc, head)."""
     print0(f"--init {args.init}: {args.arch}, {args.image_size} px, --recipe {args.recipe}")
     try:
         encoder = build_encoder(args)
@@ -1192,7 +1192,7 @@ def load_encoder(args) -> nn.Module:
 def main(argv: list[str] | None = None) -> int:
     def stop_soon(number, frame):
         STOP.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C exits at once
     args = parse_args(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
@@ -1203,15 +1203,15 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(0.2)  # torch 2.6's Gloo may deadlock if destroyed right after a collective
             dist.destroy_process_group()
         return 0
-    except (KeyboardInterrupt, OSError) as error:  # OSError: a disk or a network that fails
-        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: the same command continues it")
+    except (KeyboardInterrupt, OSError) as error:  # OSError: disk or network failure
+        sys.exit(str(error).strip().split("\n")[-1] or "interrupted: rerun the command to continue")
     except RuntimeError as error:
         if "shared memory" not in f"{error} {error.__cause__}":
             raise
         sys.exit("/dev/shm is too small: use --workers 0, or docker's --shm-size")
     finally:
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():  # of an error; they ignore SIGTERM
+        for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
 
 

@@ -57,19 +57,19 @@ MISTAKES = {flags: f"{flags}: must be between {limits}" for flags, limits in RAN
     "--data {w}/empty": "{w}/empty: no JPEG, PNG or WebP image",
     "--data {w}/ruined --workers 1": "ten unreadable files in a row, the last one '{w}/ruined/00_",
     "--data {c} --batch-size 64": "{c} has 48 images, fewer than --batch-size 64",
-    "linear --init {w}/run/encoder.pt": "encoder.pt does not say which images to use: give --data",
+    "linear --init {w}/run/encoder.pt": "encoder.pt does not name a data set: use --data",
     "linear --init {w}/run/last.pt --batch-size 8 --data {w}/large":
         "linear needs labels: {w}/large has no train/ and val/",
     "--init {w}/no.pt": "{w}/no.pt cannot be read (FileNotFoundError): " + LOADS,
     "linear --init {w}/evil.pt": "{w}/evil.pt cannot be read (UnpicklingError): " + LOADS,
     "linear --init {w}/list.pt": "{w}/list.pt cannot be read (TypeError): " + LOADS,
-    "linear --data {c} --init {w}/vit.pt": "vit.pt holds a vit_small, which simsiam.py does not",
+    "linear --data {c} --init {w}/vit.pt": "vit.pt contains vit_small, which simsiam.py does not",
     "linear --init {w}/run/last.pt --batch-size 8 --arch resnet18":
         "does not fit --arch resnet18, width 0.125, small_images True: layer1.1.conv1.weight,",
     "linear --init {w}/run/last.pt --batch-size 8 --width 0.5":
         "last.pt does not fit --arch resnet10, width 0.5, small_images True: conv1.weight, bn1",
-    "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run holds a run with other seed, dim: choose",
-    "--data {c} --out {w}/run --init {w}/run/last.pt": "/run holds a run with other init: choose",
+    "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run has a run with different seed, dim: use another",
+    "--data {c} --out {w}/run --init {w}/run/last.pt": "/run has a run with different init: use another",
     "--data {c} --out {w}/cut": "cut/last.pt cannot be read (RuntimeError): delete it to start",
     "--data {c} --out {w}/file/run": "Not a directory: '{w}/file/run'"}
 
@@ -117,7 +117,7 @@ def test_a_folder_in_which_a_run_is_at_work(classes, tmp_path):
     finally:
         send(running, signal.SIGKILL)
         finish(running)
-    assert said == f"another run is at work in {tmp_path}: choose another --out"
+    assert said == f"{tmp_path} is in use by another run: choose another --out"
     assert main(*command, "--steps", 1) == 0  # free again
 
 
@@ -126,9 +126,9 @@ def test_a_folder_in_which_a_run_is_at_work(classes, tmp_path):
     (os, "fsync", Mock(side_effect=OSError(28, "No space left on device")),  # after all is written
      "cannot write {}/last.pt: [Errno 28] No space left on device; the last checkpoint is intact"),
     (torch.optim.SGD, "step", lambda sgd: sgd.param_groups[0]["params"][0].data.fill_(math.nan),
-     "not finite: try a lower --base-lr (last.pt is from before)"),
+     "not finite: lower --base-lr (last.pt was saved before this)"),
     (simsiam, "agree", Mock(side_effect=KeyboardInterrupt),
-     "interrupted: the same command continues it"),
+     "interrupted: rerun the command to continue"),
     (simsiam, "agree", Mock(side_effect=RuntimeError("unable to open shared memory object </x>")),
      "/dev/shm is too small: use --workers 0, or docker")])
 def test_what_fails_at_work_leaves_the_last_checkpoint_whole(stage, owner, name, fault, said, world,

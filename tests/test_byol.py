@@ -455,7 +455,7 @@ def test_labels_are_a_fraction_of_every_class_or_a_list_of_files(tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("c/00_001.jpg\na/00_002.jpg\n\nc/00_001.jpg\n")
     assert picked(listed) == ["a/00_002.jpg", "c/00_001.jpg"]
-    for text, labels, said in (("00_000.jpg\n", listed, "1 of 1 lines name no image"),
+    for text, labels, said in (("00_000.jpg\n", listed, "1 of 1 lines do not match exactly one"),
                                ("", listed, "0 of 0 lines"), ("", "2", "above 0 and at most 1"),
                                ("", "0.0", "above 0 and at most 1"), ("", "no.txt", "no.txt")):
         listed.write_text(text)

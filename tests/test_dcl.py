@@ -453,13 +453,13 @@ def test_two_processes_log_what_one_does(classes, tmp_path):
     args = ["--data", classes, *SMALL, "--loss", "dclw", "--precision", "fp64"]
     main(*args, "--steps", 4, "--out", tmp_path / "one")
     said = run("dcl.py", *args, "--steps", 4, "--out", tmp_path / "two", processes=2)
-    assert "dclw: 30 negatives an anchor" in said
+    assert "dclw: 30 negatives per anchor" in said
     assert_close_runs(tmp_path / "one", tmp_path / "two", 4, "q_mean", "q_std", "q_cv",
                       "q_below_0.1", "dcl", "infonce", "w_min", "w_mean")
     for line in records(tmp_path / "two"):
         assert line["w_mean"] == pytest.approx(1) and line["w_min"] < 1
     args += ["--steps", 1, "--negatives", "local", "--out", tmp_path / "local"]
-    assert "dclw: 14 negatives an anchor" in run("dcl.py", *args, processes=2)
+    assert "dclw: 14 negatives per anchor" in run("dcl.py", *args, processes=2)
 
 
 def test_the_log_holds_the_mean_q_and_both_losses_since_the_last_line(classes, tmp_path):
@@ -493,7 +493,7 @@ def test_histograms_cover_the_last_4096_anchors(queue, epochs, marks, anchors, h
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--queue 24", "--queue 24: must be a multiple of --batch-size 16"),
-    ("--queue 32 --loss dclw", "--loss dclw has no form for a queue"),
-    ("--queue 48", "less than an epoch's 48 images"), ("--temperature 0", "0.0: must be between")])
+    ("--queue 32 --loss dclw", "--loss dclw does not support --queue"),
+    ("--queue 48", "less than 48, or an image"), ("--temperature 0", "0.0: must be between")])
 def test_mistakes_get_one_sentence(flags, sentence, classes, tmp_path):
     assert sentence in mistake(dcl, "--data", classes, *SMALL, *flags.split(), "--out", tmp_path)

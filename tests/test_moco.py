@@ -470,7 +470,7 @@ def test_a_run_logs_what_the_study_of_stability_needs(classes, tmp_path, capsys)
     log = [json.dumps({"step": i, "knn_queue": knn}) for i, knn in enumerate((.5, .6, .3, .7))]
     (tmp_path / "log.jsonl").write_text("\n".join(log))
     moco_v3.report_dip(ready("--out", tmp_path))
-    assert "fell by up to 30.0%, at step 2;" in capsys.readouterr().out
+    assert "drop of knn_queue: 30.0%, at step 2;" in capsys.readouterr().out
 
 
 def test_the_queue_holds_a_tenth_of_an_epoch_and_votes(tmp_path, monkeypatch):
@@ -507,7 +507,7 @@ def test_every_ablation_is_another_run(flags, classes, tmp_path, seen={}):
 
 
 def test_settings_that_cannot_be_built_get_one_sentence(tmp_path):  # more: test_vit.py
-    assert "5 heads do not share 96" in mistake(moco_v3, *TINY, "--heads", 5, "--out", tmp_path)
+    assert "heads 5 does not divide the 96" in mistake(moco_v3, *TINY, "--heads", 5, "--out", tmp_path)
     assert "between 0 and 1" in mistake(moco_v3, *TINY, "--ema-momentum", 1.5, "--out", tmp_path)
 
 

@@ -685,7 +685,7 @@ def test_alpha_mixes_in_the_labels_that_the_teacher_was_given(tuned, classes, tm
 
 
 MISTAKES = {  # {r}, {t}: the pre-trained run, the tuned one; {p}, {c}: images without, with labels
-    "--arch resnet10 --sk": "selective kernels replace the", "--queue 64": "a multiple of 128",
+    "--arch resnet10 --sk": "selective kernels need the", "--queue 64": "a multiple of 128",
     "--queue 8192": "its own negative", "--width 0.0625": "0.125",
     "distill --teacher {r}": "not the last.pt of a finetune, distill or linear run",
     "distill --teacher none --data demo": "not the last.pt of a finetune",
