@@ -68,8 +68,8 @@ MISTAKES = {flags: f"{flags}: must be between {limits}" for flags, limits in RAN
         "does not fit --arch resnet18, width 0.125, small_images True: layer1.1.conv1.weight,",
     "linear --init {w}/run/last.pt --batch-size 8 --width 0.5":
         "last.pt does not fit --arch resnet10, width 0.5, small_images True: conv1.weight, bn1",
-    "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run has a run with different seed, dim: use another",
-    "--data {c} --out {w}/run --init {w}/run/last.pt": "/run has a run with different init: use another",
+    "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run has a run with different seed, dim: use",
+    "--data {c} --out {w}/run --init {w}/run/last.pt": "/run has a run with different init: use",
     "--data {c} --out {w}/cut": "cut/last.pt cannot be read (RuntimeError): delete it to start",
     "--data {c} --out {w}/file/run": "Not a directory: '{w}/file/run'"}
 
