@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, finish, records, run, send, start
-from test_each_script import COMMON, FLAGS, assert_same_run
+from conftest import ROOT, TINY, assert_same_run, finish, records, run, send, start
+from test_each_script import COMMON, FLAGS
 
 LONG = [*TINY, "--image-size", "16", "--batch-size", "8", "--epochs", "5", "--log-every", "1"]
 # 48 images: 6 steps an epoch, 30 in all.

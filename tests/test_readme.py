@@ -189,13 +189,6 @@ def study():
     return {command.rsplit("/", 1)[1]: command.removeprefix("python ") for command in found}
 
 
-def test_the_commands_of_the_study_are_those_of_its_logs():
-    logs = {log.stem: lines(log)[0]["command"] for log in LOGS if log.parent.name == "dcl-study"}
-    assert study().keys() == logs.keys() and len(logs) == 39
-    for name, command in study().items():  # the order of the flags is the script's own
-        assert sorted(shlex.split(command)) == sorted(shlex.split(logs[name])), name
-
-
 def commands():
     """What README, results/README, docstrings and the study tell to run: {command: where}."""
     texts = {"README.md": README, "results/README.md": NOTES,

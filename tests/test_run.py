@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from conftest import (
-    ROOT, TINY, assert_close_runs, assert_same_weights, finish, losses, mistake, program, records,
+    ROOT, TINY, assert_close_runs, assert_same_run, finish, losses, mistake, program, records,
     run, send, start, wait_for_step)
 from helpers import settled
 
@@ -26,13 +26,6 @@ QUICK = [*TINY, "--image-size", "16", "--epochs", "3"]  # of 48 images: 3 steps 
 TIMES = ("images_per_s", "minutes_left")
 
 main = program(simsiam)
-
-
-def assert_same_run(a, b):
-    one, two = ([{k: v for k, v in line.items() if k not in TIMES} for line in records(out)]
-                for out in (a, b))
-    assert one == two and len(one) > 1  # so no step stands twice either
-    assert_same_weights(a, b)
 
 
 def start_again(processes, *args):
