@@ -15,7 +15,7 @@ FLAGS = {
     "dcl.py": "--width 0.125 --dim 16 --hidden-dim 32 --loss infonce --queue 32",
     "byol.py": "--width 0.125 --dim 16 --hidden-dim 32 --beta 0.5",
     "moco_v3.py": "--dim 16 --hidden-dim 32",
-    "simclr_v2.py": "--width 0.125 --dim 16 --queue 32",
+    "simclr_v2.py": "--width 0.125 --dim 16 --queue 32 --base-lr 0.2",  # rounding grows slowly
 }
 LATER = [(script, stage) for script in SCRIPTS
          for stage in importlib.import_module(script[:-3]).STAGES if stage != "pretrain"]
