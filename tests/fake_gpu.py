@@ -204,19 +204,6 @@ def launches(name: str, func, args) -> int:
     return not (func.is_view or "empty" in name or name in ("_unsafe_view", "prim::device"))
 
 
-def attention(q, k, v):
-    """In bfloat16, as on a GPU. Without one torch would choose the formula, in eight launches."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-
-
-def real(function):
-    """function() without the modes above: what it makes is on the CPU, with numbers."""
-    def call(*args, **kwargs):
-        with torch.utils._python_dispatch._disable_current_modes():
-            return function(*args, **kwargs)
-    return call
-
-
 def planted(step):
     """train_step() with a read, a blocking copy, a large copy, and an index on the host."""
     def call(*args):
@@ -231,12 +218,19 @@ def planted(step):
 
 def run(title: str, module, argv: list[str]) -> dict:
     """module.main(argv) on the fake device -> what its steady step did."""
-    watch, move = Watch(), torch.nn.Module._apply
+    watch, move, read = Watch(), torch.nn.Module._apply, torch.load
     backward = device_count(8)(torch.Tensor.backward)  # autograd asks for each device's stream
 
     def move_once(module, *how):  # a parameter that is fake already cannot be swapped
         own = (*module._parameters.values(), *module._buffers.values())
         return module if any(isinstance(x, FakeTensor) for x in own) else move(module, *how)
+
+    def load(*args, **kwargs):  # on the CPU, with numbers
+        with torch.utils._python_dispatch._disable_current_modes():
+            return read(*args, **kwargs)
+
+    def attention(*qkv):  # as on a GPU; without one torch would choose the formula: eight launches
+        return torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0]
 
     with contextlib.ExitStack() as stack:
         def change(owner, **values):
@@ -245,7 +239,7 @@ def run(title: str, module, argv: list[str]) -> dict:
                set_device=lambda d: None, current_device=lambda: 0, _lazy_init=lambda: None,
                get_device_name=lambda *a: "fake", get_device_capability=lambda *a: (9, 0),
                is_bf16_supported=lambda *a: True, is_current_stream_capturing=lambda: False)
-        change(torch, save=lambda state, file: file.write(b"fake"), load=real(torch.load))
+        change(torch, save=lambda state, file: file.write(b"fake"), load=load)
         change(torch.nn.functional, scaled_dot_product_attention=attention)
         change(torch.nn.Module, _apply=move_once)
         change(torch.Tensor, backward=watch.during("backward")(backward))

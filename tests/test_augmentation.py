@@ -39,9 +39,6 @@ def assert_same(ours, expected, tolerance=1e-5):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)  # of one dtype, too
 
 
-# ------------------------------------------------------------------------------------------ crops
-
-
 def torchvision_box(u, height, width, crop_min):
     """RandomResizedCrop.get_params with its random numbers taken from u; how often it tried."""
     numbers, places = [u[i] for attempt in range(10) for i in (attempt, 10 + attempt)], u[20:]
@@ -106,9 +103,6 @@ def test_crop_oracle_tells_aliasing_a_missing_flip_and_a_shift():
     for wrong in (torchvision_crop(x, boxes, 24, antialias=False),
                   torchvision_crop(x, unflipped, 24), torchvision_crop(x, shifted, 24)):
         assert (ours - wrong).abs().amax((1, 2, 3)).min() > 1e-2
-
-
-# ---------------------------------------------------------------------------------------- colors
 
 
 def torchvision_jitter(image, u, strength=STRENGTH, prob=0.8):
@@ -203,9 +197,6 @@ def test_blur_equals_torchvisions_at_the_same_kernel_and_sigma(size):  # sigma, 
     ours = gaussian_blur(x, u, 1.0, sigma=(0.1, 2.0))
     assert_same(ours, each(lambda image, u: torchvision_blur(image, u[1]), x, u))
     assert torch.equal(ours[0], x[0]) == (size < 20)  # one tap
-
-
-# ---------------------------------------------------- the whole recipe, and what a run makes of it
 
 
 def torchvision_augment(image, u, args):

@@ -39,9 +39,6 @@ def embeddings(n=6, dim=5, dtype=DOUBLE, seed=0):
     return [*embedding_pairs(n, dim, dtype, seed, 1), embedding_pairs(n, dim, dtype, seed, -1)[1]]
 
 
-# ------------------------------------------------------------------------- losses, tau and heads
-
-
 def slow_loss(p, z, mistake=""):
     """Eq. (2), one image at a time."""
     def unit(x, exceptions):
@@ -158,9 +155,6 @@ def test_heads_and_numbers_of_parameters_are_the_authors(depth, width, encoder, 
     demo = BYOL(Tiny(), 8, 16, output_bn=True)  # on g and its target, not on q
     assert [type(head[-1]) for head in (demo.projector, demo.target_projector, demo.predictor)] == [
         nn.BatchNorm1d, nn.BatchNorm1d, nn.Linear]
-
-
-# ------------------------------------------------------------------------------ one step, Alg. 1
 
 
 @torch.no_grad()
@@ -310,8 +304,6 @@ def test_training_on_ranks_equals_one_process(tmp_path):
             assert right, (name, mistake, world, worst)
 
 
-# --------------------------------------------------------------------------- augmentation, recipes
-
 VIEWS = ((1.0, 0.0), (0.1, 0.2))  # blur and solarization of t and of t', Table 6
 
 
@@ -373,8 +365,6 @@ def test_recipes_are_the_papers(recipe, changed):
         assert tuned.epochs in (30, 50) and tuned.base_lr in (0.005, 0.01, 0.02, 0.05, 0.1)
         assert (tuned.batch_size, tuned.momentum, tuned.weight_decay) == (1024, 0.9, 0)
 
-
-# ------------------------------------------------------------------- the program and its stages
 
 SMALL = ("--recipe demo --image-size 16 --dim 8 --hidden-dim 16 --batch-size 16 --workers 0 "
          "--knn-every 0 --precision fp32 --log-every 1 --device cpu").split()

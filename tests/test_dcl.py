@@ -168,8 +168,6 @@ def test_float32_needs_the_self_similarity_dropped_not_subtracted(tau):
     assert not abs(wrong - expected) < 1e-3  # nan, too
 
 
-# -------------------------------------------------------------------- model, recipes, training step
-
 STEP = ("--recipe imagenet --batch-size 512 --base-lr 0.2 --epochs 160 --warmup-epochs 10 "
         "--momentum 0.7 --weight-decay 0.1 --temperature 0.2")
 KINDS = {"infonce": "--loss infonce", "dcl": "--loss dcl", "dclw": "--loss dclw --sigma 0.3",
@@ -314,8 +312,6 @@ def test_recipes_are_the_papers(recipe):
     assert vars(parse("--recipe", recipe)).items() >= (PAPER | RECIPES[recipe]).items()
 
 
-# ------------------------------------------------------- the monitor of q; ranks equal one process
-
 N, WORLDS, GATHERS = 8, (4, 2, 1), ("right", "no gradient", "local slice", "times W")
 
 
@@ -441,8 +437,6 @@ def test_monitor_averages_over_steps_what_numpy_finds_in_each_on_all_anchors(ran
         for key in ("q_cv", "q_std"):  # so is the mean of the ranks' values
             assert abs(sum(half[key] for half in halves) / 2 - expected[key]) > 1e-3
 
-
-# -------------------------------------------------------------------------------------- the program
 
 SMALL = ("--recipe demo --width 0.125 --image-size 16 --dim 8 --hidden-dim 16 --batch-size 16 "
          "--workers 0 --knn-every 0 --precision fp32 --log-every 1").split()

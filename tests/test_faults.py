@@ -31,9 +31,6 @@ def wait_until(true, *running, seconds: float = 300) -> None:
         time.sleep(0.002)
 
 
-# ---------------------------------------------------------------------------- ranks under torchrun
-
-
 @pytest.fixture(scope="module")
 def whole(classes, tmp_path_factory):
     """The undisturbed run of two processes."""
@@ -67,8 +64,6 @@ def test_a_run_whose_rank_dies_under_torchrun_completes_by_itself(dead, classes,
     assert code == 0 and "continuing from step" in said, said
     assert_same_run(whole, tmp_path)
 
-
-# ------------------------------------------------------------------------- kills at random moments
 
 KILLS = {script: (10, 50) if script == "simsiam.py" else (2, 20) for script in FLAGS}  # epochs
 

@@ -27,9 +27,6 @@ def lines(log):
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------- tables and their logs
-
-
 def rows(text):
     """Every row of every table: the line, and its cells by column."""
     for table in re.findall(r"(?:^\|.*\n)+", text + "\n", re.M):
@@ -142,9 +139,6 @@ def test_the_study_of_batch_sizes_is_its_logs_mean_and_spread_over_seeds():
                 np.std, ddof=1))], (loss, batch, name)
 
 
-# ------------------------------------------------------------------------------ commands and logs
-
-
 def settings(method, words):
     """What a command runs with. Folders of images and the files of --init need not exist."""
     args = method.parse_args(words)
@@ -232,9 +226,6 @@ def test_every_flag_in_a_table_is_one_of_its_script(script, words, capsys):
         except SystemExit:
             pass
     pytest.fail(f"{script} {words}\n{capsys.readouterr().err}", pytrace=False)
-
-
-# ------------------------------------------------------------------------- names, files, snippets
 
 
 def test_the_names_in_the_map_are_defined_where_it_says():

@@ -52,9 +52,6 @@ def warmup_cosine(epoch, warmup, epochs):
     return (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
 
 
-# --------------------------------------------------------- losses, head, model, optimizer, schedule
-
-
 def slow_loss(z1, z2, tau, keys=None, queue=None, mistake=""):
     """v1's Eq. (1), one anchor and one candidate at a time. Keys of a momentum encoder stand for
     the candidates: for the positive, the other view of the same image; for the negatives, both
@@ -199,8 +196,6 @@ def test_learning_rates_are_the_authors(flags, peak):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(peak * warmup_cosine(
             share * args.epochs, args.warmup_epochs, args.epochs), abs=1e-12)
 
-
-# --------------------------------------------------------- one training step, distillation, recipes
 
 STEP = "--recipe imagenet --batch-size 400 --base-lr 0.01 --weight-decay 0.1"
 KINDS = {"plain": "", "online": "", "online, queue": "--queue 1600 --ema-momentum 0.8"}
@@ -399,8 +394,6 @@ def test_fine_tuning_follows_the_fraction_of_labels(share, epochs, layer):
             assert found == tuple(args.config[x] for x in ("epochs", "from_layer", "base_lr"))
 
 
-# ---------------------------------------------------------------------- several processes equal one
-
 GATHERS = ("right", "no gradient", "local slice", "times W", "rank 0's labels and mask")
 
 
@@ -444,8 +437,6 @@ def test_processes_equal_one_process_unless_the_gather_is_wrong(tmp_path):
             right = max(worst.values()) < 1e-10
             assert right if which == "right" else worst["gradient"] > 1e-3, (world, which, worst)
 
-
-# ------------------------------------------------------------------------- as a program: the stages
 
 SMALL = [x for x in TINY if x not in ("--predictor-dim", "8")] + ["--image-size", "16"]
 TUNE = "--recipe demo --batch-size 4 --epochs 2 --log-every 1 --workers 0 --precision fp32".split()

@@ -43,9 +43,6 @@ def command(request, pretrained, classes):
     return linear if request.param == "linear" else [*SMALL, "--data", classes]
 
 
-# ------------------------------------------------------------------------------ weights in and out
-
-
 @pytest.mark.parametrize("file, flags, changed", [
     ("last.pt", "", {}), ("last.pt", "--data demo", {"data": "demo"}),
     ("last.pt", "--recipe cifar", {"recipe": "cifar", "base_lr": 30.0, "epochs": 100}),
@@ -103,9 +100,6 @@ def test_the_authors_resnet_becomes_torchvisions_and_a_classifier_starts_small(c
     assert fc["weight"].std().item() == pytest.approx(0.01, rel=0.05)  # N(0, 0.01)
 
 
-# ------------------------------------------------------------------------------- linear evaluation
-
-
 @pytest.mark.parametrize("optimizer, owner, name, more", [
     ("larc", simsiam, "LARS", {"exclude_1d": False}), ("sgd", torch.optim, "SGD", {})])
 def test_linear_trains_the_classifier_alone_and_counts_exactly(optimizer, owner, name, more,
@@ -127,9 +121,6 @@ def test_linear_trains_the_classifier_alone_and_counts_exactly(optimizer, owner,
     h, y = simsiam.features(simsiam.load_encoder(args), simsiam.load_data(args).val, args)
     right = sum(int((fc["weight"] @ x + fc["bias"]).argmax() == label) for x, label in zip(h, y))
     assert len(y) == 12 and lines[-1]["top1"] == right / 12
-
-
-# ---------------------------------------------------- flags that could do nothing and none notice
 
 
 def test_every_ablation_runs_and_is_another_run(classes, tmp_path):

@@ -91,9 +91,6 @@ def test_values_that_do_not_fit_are_errors(wrong):
         vit(**{"size": "mini", "image_size": 32, "patch_size": 8, **wrong})
 
 
-# --------------------------------------------------------------- position embedding, initialization
-
-
 def slow_table(rows, columns, dim, order="rows first", base=10000.0, spacing=4):
     """[sin(row w) | cos(row w) | sin(col w) | cos(col w)], one number at a time."""
     table = [[function(coordinate * base ** (-j * spacing / dim))
@@ -154,9 +151,6 @@ def test_the_convolutional_stem_and_learned_positions_start_as_pytorchs_and_timm
         assert std == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.1)
     assert model.patch_embed.proj[12].bias.any()
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
-
-
-# ------------------------------------------------------------------------------------------ forward
 
 
 def slow_vit(state, x, heads=3, training=False, wrong=""):
