@@ -907,7 +907,7 @@ def load_data(args) -> argparse.Namespace:
         train, bank, val = folder_images(args)
     n, classes = len(train.labels), int(train.labels.max()) + 1
     if args.batch_size > n:
-        sys.exit(f"{args.data} has {n} images, fewer than --batch-size {args.batch_size}")
+        sys.exit(f"{args.data} has {n} images: --batch-size {args.batch_size} must not exceed that")
     print0(f"{args.data}: {n} images, {f'{classes} classes' if classes else 'unlabeled'}")
     files = filter(os.path.exists, () if train.paths is None else train.paths[::n // 64 + 1])
     args.config |= {"images": n, "file_sizes": [*map(os.path.getsize, files)]}
@@ -1133,7 +1133,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
         checkpoint = read_checkpoint(last, "delete it to start over")
         old, step = checkpoint.get("config", {}), checkpoint.get("step", 0)
         if names := [x for x in {**old, **args.config} if old.get(x) != args.config.get(x)]:
-            sys.exit(f"{args.out} has a run with different {', '.join(names)}: use another --out")
+            sys.exit(f"{args.out} has a run with different {', '.join(names[:4])}: change --out")
         print0(f"{args.out}: continuing from step {step}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1160,7 +1160,7 @@ def summarize(step: int, total: int, args) -> None:
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]
-        result = f", {found[0][0]} {found[0][1]:.1%} -> {found[-1][1]:.1%}" if found else ""
+        result = f", {found[0][0]} {found[0][1]:.1%} -> {found[-1][1]:.1%}" if found[1:] else ""
         print(f"{args.out}: step {step} of {total}{result}", flush=True)
 
 

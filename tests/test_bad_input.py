@@ -56,7 +56,7 @@ MISTAKES = {flags: f"{flags}: must be between {limits}" for flags, limits in RAN
     "--data {w}/nowhere": "--data {w}/nowhere: not a folder, and not one of demo, cifar10",
     "--data {w}/empty": "{w}/empty: no JPEG, PNG or WebP image",
     "--data {w}/ruined --workers 1": "ten unreadable files in a row, the last one '{w}/ruined/00_",
-    "--data {c} --batch-size 64": "{c} has 48 images, fewer than --batch-size 64",
+    "--data {c} --batch-size 64": "{c} has 48 images: --batch-size 64 must not exceed that",
     "linear --init {w}/run/encoder.pt": "encoder.pt does not name a data set: use --data",
     "linear --init {w}/run/last.pt --batch-size 8 --data {w}/large":
         "linear needs labels: {w}/large has no train/ and val/",
@@ -68,8 +68,8 @@ MISTAKES = {flags: f"{flags}: must be between {limits}" for flags, limits in RAN
         "does not fit --arch resnet18, width 0.125, small_images True: layer1.1.conv1.weight,",
     "linear --init {w}/run/last.pt --batch-size 8 --width 0.5":
         "last.pt does not fit --arch resnet10, width 0.5, small_images True: conv1.weight, bn1",
-    "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run has a run with different seed, dim: use",
-    "--data {c} --out {w}/run --init {w}/run/last.pt": "/run has a run with different init: use",
+    "--data {c} --out {w}/run --seed 7 --dim 8": "{w}/run has a run with different seed, dim: change",
+    "--data {c} --out {w}/run --init {w}/run/last.pt": "/run has a run with different init: change",
     "--data {c} --out {w}/cut": "cut/last.pt cannot be read (RuntimeError): delete it to start",
     "--data {c} --out {w}/file/run": "Not a directory: '{w}/file/run'"}
 

@@ -296,12 +296,12 @@ def test_training_on_ranks_equals_one_process(tmp_path):
     cases = [*((name, "") for name in NETWORKS), ("byol", "local batch norm")]
     ranks = on_ranks(lambda rank, world: {case: network_steps(*case, rank, world)
                                           for case in cases}, tmp_path)
-    for name, mistake in cases:
+    for name, wrong in cases:
         alone = network_steps(name, "")
         for world in (4, 2, 1):
-            worst = differs(ranks, alone, world, name, mistake).values()
-            right = min(worst) > 1e-3 if mistake and world > 1 else max(worst) < 1e-10
-            assert right, (name, mistake, world, worst)
+            worst = differs(ranks, alone, world, name, wrong).values()
+            right = min(worst) > 1e-3 if wrong and world > 1 else max(worst) < 1e-10
+            assert right, (name, wrong, world, worst)
 
 
 VIEWS = ((1.0, 0.0), (0.1, 0.2))  # blur and solarization of t and of t', Table 6

@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_same_images_alone(tmp_path):
         return [*TINY, "--data", tmp_path / parent / "x", "--steps", 1, "--out", tmp_path / "out"]
 
     assert main(*command("here", 16, 16)) == 0 and main(*command("moved", 16, 16)) == 0
-    assert "a run with different file_sizes: use" in mistake(simsiam, *command("other", 16, 18))
+    assert "a run with different file_sizes: change" in mistake(simsiam, *command("other", 16, 18))
 
 
 class FakeSet:

@@ -247,16 +247,14 @@ def test_every_snippet_runs(number, tmp_path):
     if "timm" in code:
         pytest.importorskip("timm")
     write_images(tmp_path / "photos", 9)
-    script, flags = "simsiam.py", ["--arch", "resnet50", "--width", 1, "--no-small-images"]
-    if "timm" in code:
-        script = "moco_v3.py"
-        flags = ["--arch", "vit_small", "--image-size", 224, "--patch-size", 16]
-    program(METHODS[script])("--recipe", "demo", "--workers", 0, "--batch-size", 2, "--steps", 1,
-                             "--knn-every", 0, *(flags if "common" not in code else []),
-                             "--out", tmp_path)
-    done = subprocess.run([sys.executable, "-c", f"import torch, torchvision\n{code}"], text=True,
-                          capture_output=True, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    run = re.search(r"runs/(\w+)-photos", code)
+    flags = {"simsiam": "--arch resnet50 --width 1 --no-small-images",
+             "moco_v3": "--arch vit_small --image-size 224 --patch-size 16"}[run[1]]
+    program(METHODS[f"{run[1]}.py"])(
+        *"--recipe demo --workers 0 --batch-size 2 --steps 1 --knn-every 0".split(),
+        *(flags.split() if "common" not in code else []), "--out", tmp_path / run[0])
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "neighbors" not in code or (tmp_path / "neighbors.png").stat().st_size > 1000
 
