@@ -79,12 +79,15 @@ def test_twelve_steps_are_the_recorded_ones(name, tmp_path):
     flags = [str(write_folder(tmp_path / "images")) if x == "FOLDER" else x for x in flags]
     assert program(importlib.import_module(script[:-3]))(*flags, "--out", tmp_path / "run") == 0
     losses, norms = result(tmp_path / "run")
-    recorded = json.loads(FILE.read_text())["runs"][name]
+    file = json.loads(FILE.read_text())
+    recorded = file["runs"][name]
+    # A queue's first keys are drawn in float32, and other versions of torch round them otherwise.
+    near = 1e-7 if "--queue" in RUNS[name] and file["torch"][:4] != torch.__version__[:4] else 1e-9
     assert recorded["command"] == RUNS[name] and len(losses) == 12
-    assert losses == pytest.approx(recorded["losses"], rel=0, abs=1e-9)
+    assert losses == pytest.approx(recorded["losses"], rel=0, abs=near)
     assert norms.keys() == recorded["norms"].keys() and len(norms) > 40
     for key, norm in norms.items():  # Adam makes weights of 1e-10 of gradients that are rounding
-        assert norm == pytest.approx(recorded["norms"][key], rel=1e-9, abs=1e-9), key
+        assert norm == pytest.approx(recorded["norms"][key], rel=near, abs=near), key
 
 
 if __name__ == "__main__":
