@@ -27,6 +27,13 @@ def parameters(shapes: dict, random: np.random.RandomState) -> dict[str, torch.T
     return drawn
 
 
+def views(random: np.random.RandomState, *shape: int) -> torch.Tensor:
+    """[steps, 2, B, 3, S, S] for a shape (steps, B, 3, S, S). Both views show the same images."""
+    steps, *images = shape
+    x = random.standard_normal((steps, 1, *images))
+    return torch.from_numpy(x + 0.5 * random.standard_normal((steps, 2, *images)))
+
+
 def summary(state: dict, names: tuple, when: str) -> dict:
     """Of a state dict with our names: the norm of every tensor, the first numbers of some."""
     return {f"norms {when}": {name: [x.double().norm().item()] for name, x in state.items()},

@@ -37,12 +37,10 @@ LOSSES = {"infonce": 0.1, "dcl": 0.1, "dclw": 0.1, "dcl hot": 0.5, "dclw hot": 0
 def inputs(shapes: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Parameters by our names, views [STEPS, 2, B, 3, S, S], and the queue's first keys [K, d]."""
     random = np.random.RandomState(SEED)
-    images = (SETTINGS["batch_size"], 3, SETTINGS["image_size"], SETTINGS["image_size"])
-    views = random.standard_normal((STEPS, 1, *images))  # both views show the same images
-    views = views + 0.5 * random.standard_normal((STEPS, 2, *images))
+    views = drawn.views(random, STEPS, SETTINGS["batch_size"], 3, *[SETTINGS["image_size"]] * 2)
     queue = random.standard_normal((SETTINGS["queue"], SETTINGS["dim"]))
     queue /= np.linalg.norm(queue, axis=1, keepdims=True)
-    return drawn.parameters(shapes, random), torch.from_numpy(views), torch.from_numpy(queue)
+    return drawn.parameters(shapes, random), views, torch.from_numpy(queue)
 
 
 def embeddings() -> list[torch.Tensor]:

@@ -50,10 +50,8 @@ NUMBERS = (  # tensors whose first numbers are recorded, where there are such; e
 def inputs(shapes: dict) -> tuple[dict, torch.Tensor]:
     """Parameters by our names, without f_k's, and views [STEPS, 2, B, 3, S, S]."""
     random = np.random.RandomState(SEED)
-    images = (SHARED["batch_size"], 3, SHARED["image_size"], SHARED["image_size"])
-    views = random.standard_normal((STEPS, 1, *images))  # both views show the same images
-    views = views + 0.5 * random.standard_normal((STEPS, 2, *images))
-    return drawn.parameters(shapes, random), torch.from_numpy(views)
+    views = drawn.views(random, STEPS, SHARED["batch_size"], 3, *[SHARED["image_size"]] * 2)
+    return drawn.parameters(shapes, random), views
 
 
 def online(named: dict) -> dict:

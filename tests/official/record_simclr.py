@@ -54,10 +54,8 @@ SCHEDULES = {  # our command: images, and their lr, its scaling, batch, epochs, 
 def inputs(case: str, shapes: dict) -> tuple[dict, torch.Tensor]:
     """Parameters by our names, and views [STEPS, 2B, 3, S, S]."""
     random, side = np.random.RandomState(SEED), SETTINGS[case]["image_size"]
-    images = (SHARED["batch_size"], 3, side, side)
-    views = random.standard_normal((STEPS, 1, *images))  # both views show the same images
-    views = views + 0.5 * random.standard_normal((STEPS, 2, *images))
-    return drawn.parameters(shapes, random), torch.from_numpy(views).flatten(1, 2)
+    views = drawn.views(random, STEPS, SHARED["batch_size"], 3, side, side)
+    return drawn.parameters(shapes, random), views.flatten(1, 2)
 
 
 def vectors() -> torch.Tensor:

@@ -34,10 +34,8 @@ NUMBERS = (  # tensors whose first numbers are recorded; of the others only the 
 def inputs(shapes: dict) -> tuple[dict, torch.Tensor]:
     """Parameters by our names, and views [STEPS, 2, B, 3, S, S]."""
     random = np.random.RandomState(SEED)
-    images = (SETTINGS["batch_size"], 3, SETTINGS["image_size"], SETTINGS["image_size"])
-    views = random.standard_normal((STEPS, 1, *images))  # both views show the same images
-    views = views + 0.5 * random.standard_normal((STEPS, 2, *images))
-    return drawn.parameters(shapes, random), torch.from_numpy(views)
+    views = drawn.views(random, STEPS, SETTINGS["batch_size"], 3, *[SETTINGS["image_size"]] * 2)
+    return drawn.parameters(shapes, random), views
 
 
 def our_name(name: str) -> str:
