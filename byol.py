@@ -16,12 +16,11 @@ predictor learns faster than the rest (Table 21). With an optimal predictor the 
 the variance of z' given z, and a constant z is not a minimum (Sec. 3.2). xi averages only
 parameters: the target is in train mode, with its own running statistics.
 
-Differences from the authors' code: bfloat16 where the hardware supports it; online and target
-network start equal; torchvision's bilinear crops, color operations and ResNet-18, -34; solarization
-from level 128 of 255; convolutions padded symmetrically; PyTorch's initialization; incomplete
-batches are dropped; later stages have one lr (paper: tuned on held-out images); --seed selects the
-labeled images; fine-tuning synchronizes batch norm; kNN instead of an online classifier; the demo
-has batch norm after the projector. The authors' checkpoints (JAX pickles) cannot be loaded.
+Differences from the authors' code: bfloat16 where supported; online and target start equal;
+torchvision's bilinear crops, color operations and ResNet-18, -34; solarization from level 128 of
+255; convolutions padded symmetrically; PyTorch's initialization; incomplete batches are dropped;
+one lr for later stages (paper: tuned); --seed selects the labeled images; fine-tuning synchronizes
+batch norm; kNN instead of an online classifier; the demo has batch norm after the projector.
 
     python byol.py                                             # built-in images, on any machine
     torchrun --nproc_per_node=8 byol.py --data /data/imagenet  # 1000 epochs (paper: 74.3 %)
@@ -215,16 +214,17 @@ class BYOL(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.target = target
+        self.one_pass = "BatchNorm" not in repr(encoder)  # each view has its own batch statistics
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Two views [B, 3, S, S] -> predictions p1, p2, target projections t1, t2, and z1 detached,
-        for the monitors; each [B, d]."""
-        # One pass per view: each has its own batch norm statistics (authors' code).
-        z1, z2 = t1, t2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
+        """Two views [B, 3, S, S] -> p1, p2, t1, t2, and z1 detached for the monitors; [B, d]."""
+        views = [torch.cat([x1, x2])] if self.one_pass else [x1, x2]
+        h1, h2 = torch.cat([self.encoder(x) for x in views]).chunk(2)
+        z1, z2 = t1, t2 = self.projector(h1), self.projector(h2)
         if self.target == "ema":
             with torch.no_grad():
-                t1 = self.target_projector(self.target_encoder(x1))
-                t2 = self.target_projector(self.target_encoder(x2))
+                h1, h2 = torch.cat([self.target_encoder(x) for x in views]).chunk(2)
+                t1, t2 = self.target_projector(h1), self.target_projector(h2)
         return self.predictor(z1), self.predictor(z2), t1, t2, z1.detach()
 
     def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
