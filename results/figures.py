@@ -1,15 +1,16 @@
 """Draws the logs of runs side by side. Needs matplotlib, which the project itself does not.
 
     python results/figures.py runs/simsiam-demo runs/collapse
-    python results/figures.py --show knn q_histogram --out dcl.png results/dcl-study/dcl-64-*.jsonl
+    python results/figures.py results/batch-sizes/*.jsonl --show knn q_histogram --out dcl.png
 
 A panel for each quantity, a line for each run: its folder, or its log.jsonl. Quantities are those of
-the log; a histogram is drawn as it was last. All of a --group have one color.
+the log; a histogram is drawn as it was last. Names that differ only in "-seedN" have one color.
 """
 
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 import matplotlib
@@ -43,26 +44,26 @@ def main() -> None:
     parser.add_argument("--show", nargs="+", default=["loss", "knn", "rank", "std"],
                         metavar="QUANTITY", help="default: loss knn rank std")
     parser.add_argument("--log-scale", nargs="+", default=[], metavar="QUANTITY")
-    parser.add_argument("--group", nargs="+", default=[], metavar="WORD",
-                        help="runs whose name holds the word have one color")
     parser.add_argument("--out", default="curves.png")
     args = parser.parse_args()
     figure, axes = plt.subplots(1, len(args.show), figsize=(4.5 * len(args.show), 3.6))
     axes = [axes] if len(args.show) == 1 else axes
     names, logs = zip(*map(read, args.runs))
-    common = os.path.commonprefix(names) if len(names) > 1 else ""
-    for number, (name, lines) in enumerate(zip(names, logs)):
-        group = next((word for word in args.group if word in name), name)
-        color = f"C{args.group.index(group) if group in args.group else number + len(args.group)}"
-        label = group if group in args.group else name.removeprefix(common)
+    names = [re.sub(r"-seed\d+$", "", name) for name in names]
+    colors = [*dict.fromkeys(names)]
+    prefix = os.path.commonprefix(colors) if len(colors) > 1 else ""
+    for name, lines in zip(names, logs):
         for axis, quantity in zip(axes, args.show):
-            draw(axis, lines, quantity, color=color, label=label, alpha=0.8)
+            draw(axis, lines, quantity, color=f"C{colors.index(name)}",
+                 label=name.removeprefix(prefix) or name, alpha=0.8)
     for axis, quantity in zip(axes, args.show):
         axis.set_title(quantity)
         axis.set_xlabel("value" if quantity.endswith("histogram") else "epoch")
         if quantity in args.log_scale:
             axis.set_yscale("log")
-    shown = dict(zip(*reversed(axes[0].get_legend_handles_labels())))  # each label once
+    shown = {}  # each label once
+    for axis in axes:
+        shown |= zip(*reversed(axis.get_legend_handles_labels()))
     figure.legend(shown.values(), shown, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0))
     figure.tight_layout()
     figure.savefig(args.out, dpi=110, bbox_inches="tight")
