@@ -13,7 +13,7 @@ differ we follow the code. Algorithm 1:
 
 No negatives. The output collapses without the predictor (Table 5b), and with tau = 0 unless the
 predictor learns faster than the rest (Table 21). With an optimal predictor the gradient reduces
-the variance of z' given z, and a constant z is not a minimum (Sec. 3.2). xi averages only
+the variance of z' given z, and a constant z should be unstable (Sec. 3.2). xi averages only
 parameters: the target is in train mode, with its own running statistics.
 
 Differences from the authors' code: bfloat16 where supported; online and target start equal;
@@ -105,7 +105,7 @@ class Pretrain:
     # ablations
     predictor: Literal["mlp", "none"] = "mlp"  # Table 5b: 0.2 % with none
     predictor_lr_mult: float = 1.0      # lambda, Table 21. With tau 0: 5.5 % at 1, 66.6 % at 10
-    tau_schedule: Literal["cosine", "constant"] = "cosine"  # to 1, Sec. 3.3; tau 0: constant
+    tau_schedule: Literal["cosine", "constant"] = "cosine"  # to 1, Sec. 3.3. Constant for tau 0
     target: Literal["ema", "online"] = "ema"  # online: theta itself, with gradient, Table 5b
     beta: float = 0.0                   # weight of negatives, Table 5b
     alpha: float = 0.1                  # their temperature, Table 19
@@ -119,7 +119,7 @@ class Linear:
 
     init_encoder: Literal["encoder", "target_encoder"] = "encoder"  # which one of --init
     labels: str = "1.0"                 # fraction of the labels, or a file that lists images
-    base_lr: float = 0.2                # App. C.1: the best of 0.4, 0.3, 0.2, 0.1, 0.05
+    base_lr: float = 0.2                # authors' code. App. C.1: 0.4, 0.3, 0.2, 0.1 or 0.05
     epochs: int = 80
     batch_size: int = 4096              # App. C.1: 1024
     momentum: float = 0.9               # Nesterov
@@ -214,7 +214,7 @@ class BYOL(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.target = target
-        self.one_pass = "BatchNorm" not in repr(encoder)  # each view has its own batch statistics
+        self.one_pass = "BatchNorm" not in repr(encoder)  # batch norm would mix the views
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Two views [B, 3, S, S] -> p1, p2, t1, t2, and z1 detached for the monitors; [B, d]."""
@@ -292,7 +292,7 @@ def build_optimizer(model: BYOL, args) -> torch.optim.Optimizer:
 
 
 def warmup_cosine(epoch: float, args) -> float:
-    """Factor on the lr: linear from 0 over the warm-up, then half a cosine to 0, at every step."""
+    """Learning-rate factor: linear warm-up from 0, then half a cosine to 0, updated every step."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
@@ -376,7 +376,7 @@ def pretrain(args) -> None:
             logged, began = step, time.time()
     summarize(step, total, args)
     if step > start and args.batch_size > 8 and (std < 0.1 or dimensions < 1.5):  # ours
-        print0("The output has collapsed: nearly to a point (std 0, Table 5b) or a line (rank 1).")
+        print0("The output has collapsed to nearly a point (std 0, Table 5b) or a line (rank 1).")
 
 
 # -------------------------------------------------------------------------------- linear evaluation
@@ -391,7 +391,7 @@ def labeled(images: "Images", args) -> "Images":
             sys.exit(f"--labels {args.labels}: must be above 0 and at most 1")
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "labels"))
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
-        # Prefixes of one order: the 1 % subset is part of the 10 % subset, as in SimCLR's lists.
+        # One random order for all fractions: the 10 % contain the 1 %, as in SimCLR's lists.
         each, rest = divmod(max(len(parts), round(fraction * len(order))), len(parts))
         more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
         picked = torch.cat([part[:each + one] for part, one in zip(parts, more)]).sort()[0]
@@ -517,7 +517,7 @@ DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10"
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
+STOP = []  # set by SIGTERM (SLURM, spot machines) or Ctrl-C: save at the next logged step and exit
 
 
 def recipe(stage: str, name: str) -> dict:
@@ -536,8 +536,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--data", help="demo (default), cifar10, cifar100, stl10, or a folder: train/ and val/ "
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
-    add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
+    add("--recipe", choices=RECIPES[stage], help="default: that of --init, or the one for --data")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>[-<stage>]); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
         required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
         "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
@@ -547,10 +547,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10 (at an epoch's end: 1)")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
+    group = parser.add_argument_group("recipe", "imagenet's value; other recipes' if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -601,7 +601,7 @@ def settle(args) -> argparse.Namespace:
 
 
 def setup(args) -> None:
-    """Device, process group, seed, run folder."""
+    """Set up the device, process group, seed and run folder."""
     torchrun = os.environ if "RANK" in os.environ else {}
     if torchrun and not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= torchrun.keys():
         sys.exit("RANK is set, but not by torchrun: start with torchrun, or unset RANK")
@@ -642,7 +642,7 @@ def distribute(model: nn.Module, args) -> nn.Module:
 
 
 def autocast(args):
-    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
+    """bfloat16 autocast for the forward pass. auto: where native, and on a CPU only for ResNets."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -656,7 +656,7 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt, if any, is intact)")
     return loss, told > 0
 
 
@@ -733,7 +733,7 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
+            sys.exit(f"{path}: its folder is not one of the {len(classes)} classes in train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
@@ -906,7 +906,7 @@ def read_checkpoint(path: str, advice: str) -> dict:
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
-    """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
+    """Load last.pt, if there is one, and cut the log back to it. Returns first and last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
     args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
@@ -936,7 +936,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """Print the last line of a run: its folder, and the accuracy before and after training."""
+    """Print the last line of a run: folder, step, and the first and last accuracy in the log."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]

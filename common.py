@@ -148,7 +148,7 @@ def resnet(depth: int, width: float = 1, sk_ratio: float = 0.0, small_images: bo
 
     width multiplies all channel counts. sk_ratio (SimCLR v2: 0.0625): selective kernels with
     ResNet-D's stem and shortcuts, for ResNet-50 and deeper. small_images: 3x3 stem, no pooling.
-    zero_init_residual: every block starts as the identity (Goyal et al., arXiv:1706.02677, 5.1).
+    zero_init_residual: every block starts as its shortcut (Goyal et al., arXiv:1706.02677, 5.1).
     Raises ValueError for an unknown depth, a width below 0.125 and sk_ratio on basic blocks.
     """
     if depth not in BLOCKS:
@@ -580,8 +580,8 @@ def color_jitter(x: Tensor, u: Tensor, strength: tuple, prob: float) -> Tensor:
 
 
 def jitter_(x: Tensor, u: Tensor, strength: tuple, prob: float) -> None:
-    """color_jitter of all images at once, in place. Images are sorted by the position of hue,
-    so those with another operation at a given position, before or after hue, form a slice."""
+    """color_jitter of all images at once, in place. Images are sorted by the position of hue: at
+    each position, those whose hue shift is still to come form a slice, those past it another."""
     i = (u[:, 0] < prob).nonzero()[:, 0]
     order = u[i, 5:9].argsort(dim=1)  # 0: brightness, 1: contrast, 2: saturation, 3: hue
     hue_place, by = (order == 3).int().argmax(dim=1).sort()
@@ -713,8 +713,8 @@ SHAPES = (
 def demo_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """n generated images, uint8 [n, 3, 32, 32], and their classes, int64 [n], of ten shapes.
 
-    Every image shows four copies of one shape, with random position, size, angle and tint. Two
-    crops of an image share only the shape, which is hard to tell from raw pixels.
+    Every image shows four copies of one shape, with random position, size, angle and tint. The
+    copies have only the shape in common, which is hard to tell from raw pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     u = torch.rand(n, 29 + 3 * 32 * 32, generator=generator)  # one row per image

@@ -18,7 +18,7 @@ output of the first linear layer, batch norm and ReLU, which fine-tuning also tr
 
 z is gathered from all processes, with gradient, and batch norm is synchronized, also in the head:
 all processes form one global batch. The loss is twice v1's mean, as in the authors' code. The
-distillation loss is times tau^2, as in their notebook (--no-tau-squared: off); with LARS this
+distillation loss is multiplied by tau^2 (their notebook; --no-tau-squared: not); with LARS this
 affects norms and biases, but hardly the weights. v2's memory (--queue 65536) is off: the authors'
 code lacks it. ResNet-50 reaches 71.7 % with it, 71.1 % without (an author). Our choices: both views
 are queries and are enqueued, the momentum encoder is in train mode, the first queue is random.
@@ -232,7 +232,7 @@ def build_encoder(args) -> nn.Module:
     if args.arch.startswith("resnet"):
         return resnet(int(args.arch.removeprefix("resnet")), args.width, 0.0625 * args.sk,
                       small_images=args.small_images, zero_init_residual=args.zero_init_residual)
-    # A frozen patch projection stabilizes pre-training. Later stages train it.
+    # A frozen patch projection stabilizes pre-training. Fine-tuning and distillation train it.
     projection = args.patch_projection if args.stage == "pretrain" else "learned"
     encoder = vit(args.arch.removeprefix("vit_"), args.image_size, args.patch_size,
                   heads=args.heads, patch_projection=projection)
@@ -344,7 +344,7 @@ def contrast_logits(z1: Tensor, z2: Tensor, temperature: float,
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float,
                  keys: tuple[Tensor, Tensor] | None = None, queue: Tensor | None = None) -> Tensor:
-    """NT-Xent (v1, Eq. 1, Alg. 1), averaged over 2N anchors. It is ln(2N - 1) if all z are equal.
+    """NT-Xent (v1, Eq. 1, Alg. 1), averaged over 2n anchors. It is ln(2N - 1) if all z are equal.
     z1, z2 [n, d] of this process, not normalized -> [], in float32 or better. The mean over
     processes is the loss of the global batch. keys, queue: see contrast_logits."""
     return F.cross_entropy(*contrast_logits(z1, z2, temperature, keys, queue))
@@ -366,7 +366,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     """LARS with the lr inside the momentum. Norms and biases get no adaptation and no decay, a
     classifier's matrix no adaptation, except in distillation (authors' code and notebook). Nesterov
-    SGD and AdamW (as in MoCo v3) decay everything but batch norms."""
+    SGD and AdamW decay everything but batch norms (authors' code)."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if args.optimizer == "lars":
         raw = [named.pop(name) for name in ("online.weight", "fc.weight")
@@ -386,7 +386,7 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
 
 
 def warmup_cosine(epoch: float, args) -> float:
-    """Factor on the lr: linear from 0 over the warm-up, then half a cosine to 0, at every step."""
+    """Learning-rate factor: linear warm-up from 0, then half a cosine to 0, updated every step."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
@@ -474,7 +474,7 @@ def pretrain(args) -> None:
             logged, began = step, time.time()
     summarize(step, total, args)
     if step > start and args.batch_size > 8 and (seen["std"] < 0.1 or seen["rank"] < 2):  # ours
-        print0("The output has collapsed: nearly to a point (std 0) or a line (rank 1).")
+        print0("The output has collapsed to nearly a point (std 0) or a line (rank 1).")
 
 
 # ------------------------------------------------------------------------------- linear evaluation
@@ -493,7 +493,7 @@ def labeled(images: "Images", args) -> "Images":
             sys.exit(f"--labels {args.labels}: must be above 0 and at most 1")
         order = torch.randperm(len(images.labels), generator=generator(args.seed, "labels"))
         parts = [order[images.labels[order] == k] for k in range(int(images.labels.max()) + 1)]
-        # Prefixes of one order: the 1 % subset is part of the 10 % subset, as in SimCLR's lists.
+        # One random order for all fractions: the 10 % contain the 1 %, as in SimCLR's lists.
         each, rest = divmod(max(len(parts), round(fraction * len(order))), len(parts))
         more = torch.randperm(len(parts), generator=generator(args.seed, "more")) < rest
         picked = torch.cat([part[:each + one] for part, one in zip(parts, more)]).sort()[0]
@@ -737,7 +737,7 @@ DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10"
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
+STOP = []  # set by SIGTERM (SLURM, spot machines) or Ctrl-C: save at the next logged step and exit
 
 
 def recipe(stage: str, name: str) -> dict:
@@ -756,8 +756,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--data", help="demo (default), cifar10, cifar100, stl10, or a folder: train/ and val/ "
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
-    add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
+    add("--recipe", choices=RECIPES[stage], help="default: that of --init, or the one for --data")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>[-<stage>]); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
         required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
         "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
@@ -767,10 +767,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10 (at an epoch's end: 1)")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
+    group = parser.add_argument_group("recipe", "imagenet's value; other recipes' if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -821,7 +821,7 @@ def settle(args) -> argparse.Namespace:
 
 
 def setup(args) -> None:
-    """Device, process group, seed, run folder."""
+    """Set up the device, process group, seed and run folder."""
     torchrun = os.environ if "RANK" in os.environ else {}
     if torchrun and not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= torchrun.keys():
         sys.exit("RANK is set, but not by torchrun: start with torchrun, or unset RANK")
@@ -862,7 +862,7 @@ def distribute(model: nn.Module, args) -> nn.Module:
 
 
 def autocast(args):
-    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
+    """bfloat16 autocast for the forward pass. auto: where native, and on a CPU only for ResNets."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -876,7 +876,7 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt, if any, is intact)")
     return loss, told > 0
 
 
@@ -953,7 +953,7 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
+            sys.exit(f"{path}: its folder is not one of the {len(classes)} classes in train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
@@ -1126,7 +1126,7 @@ def read_checkpoint(path: str, advice: str) -> dict:
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
-    """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
+    """Load last.pt, if there is one, and cut the log back to it. Returns first and last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
     args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
@@ -1156,7 +1156,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """Print the last line of a run: its folder, and the accuracy before and after training."""
+    """Print the last line of a run: folder, step, and the first and last accuracy in the log."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]

@@ -228,7 +228,7 @@ def build_optimizer(model: SimSiam, args) -> torch.optim.SGD:
 
 
 def cosine_decay(epoch: float, args) -> float:
-    """Factor on the lr: half a cosine, updated once per epoch (authors' code)."""
+    """Learning-rate factor: half a cosine, updated once per epoch (authors' code)."""
     if epoch < args.warmup_epochs:
         return epoch / args.warmup_epochs  # linear warm-up from 0, at every step: ours
     progress = (int(epoch) - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
@@ -287,7 +287,7 @@ def pretrain(args) -> None:
             logged, began = step, time.time()
     summarize(step, total, args)
     if step > start and args.batch_size > 8 and (std < 0.1 or dimensions < 2):  # thresholds: ours
-        print0("The output has collapsed: nearly to a point (std 0, Sec. 4.1) or a line (rank 1).")
+        print0("The output has collapsed to nearly a point (std 0, Sec. 4.1) or a line (rank 1).")
 
 
 # -------------------------------------------------------------------------------- linear evaluation
@@ -347,7 +347,7 @@ DATA_RECIPES = {"demo": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10"
 AT_LEAST = {"width": 0.125, "batch_size": 2, "patch_size": 1, **dict.fromkeys(
                 ("crop_min", "temperature", "sigma", "knn_temperature"), 0.001), **dict.fromkeys(
                 ("epochs", "steps", "log_every", "image_size", "knn_k", "dim"), 1)}
-STOP = []  # filled by SIGTERM (SLURM, spot machines) and Ctrl-C: save at the next logged step, exit
+STOP = []  # set by SIGTERM (SLURM, spot machines) or Ctrl-C: save at the next logged step and exit
 
 
 def recipe(stage: str, name: str) -> dict:
@@ -366,8 +366,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--data", help="demo (default), cifar10, cifar100, stl10, or a folder: train/ and val/ "
                        "with a folder per class, or any tree of images")
     add("--data-root", help="where torchvision stores its data sets (default: data)")
-    add("--recipe", choices=RECIPES[stage], help="default: of --init's run, or the one for --data")
-    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>); resumes a run in it")
+    add("--recipe", choices=RECIPES[stage], help="default: that of --init, or the one for --data")
+    add("--out", help=f"run folder (default: runs/{SCRIPT}-<data>[-<stage>]); resumes a run in it")
     add("--teacher" if stage == "distill" else "--init", dest="init", default="none",
         required=stage != "pretrain", help="last.pt of a run (later stages also read data and "
         "recipe from it), encoder.pt, the authors' checkpoint, torchvision's weights, or none")
@@ -377,10 +377,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=int, help="data-loading workers per process (default: cores / processes)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--knn-every", type=int, default=1, metavar="EPOCHS", help="default: 1; 0: never")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="10; 1 at epoch ends")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="10 (at an epoch's end: 1)")
     rows = {name: recipe(stage, name) for name in RECIPES[stage]}
     types = Pretrain.__annotations__ | type(RECIPES[stage]["imagenet"]).__annotations__
-    group = parser.add_argument_group("recipe", "imagenet's default; other recipes if different")
+    group = parser.add_argument_group("recipe", "imagenet's value; other recipes' if different")
     for name, value in rows["imagenet"].items():
         kind = ({"action": argparse.BooleanOptionalAction} if type(value) is bool else
                 {"type": float, "nargs": len(value), "metavar": "X"} if type(value) is tuple else
@@ -431,7 +431,7 @@ def settle(args) -> argparse.Namespace:
 
 
 def setup(args) -> None:
-    """Device, process group, seed, run folder."""
+    """Set up the device, process group, seed and run folder."""
     torchrun = os.environ if "RANK" in os.environ else {}
     if torchrun and not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= torchrun.keys():
         sys.exit("RANK is set, but not by torchrun: start with torchrun, or unset RANK")
@@ -472,7 +472,7 @@ def distribute(model: nn.Module, args) -> nn.Module:
 
 
 def autocast(args):
-    """bfloat16 autocast for the forward pass. --precision auto: if native; on CPU: ResNets only."""
+    """bfloat16 autocast for the forward pass. auto: where native, and on a CPU only for ResNets."""
     native = (torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else
               args.device.type == "cpu" and args.arch.startswith("resnet")
               and torch.cpu._is_avx512_bf16_supported())
@@ -486,7 +486,7 @@ def agree(loss: Tensor, model: nn.Module) -> tuple[float, bool]:
     mine = torch.tensor([[loss.item() if finite else math.nan, bool(STOP)]], dtype=torch.float64)
     loss, told = all_gather(mine).mean(dim=0).tolist()
     if not math.isfinite(loss):
-        sys.exit("loss or weights are not finite: lower --base-lr (last.pt was saved before this)")
+        sys.exit("loss or weights are not finite: lower --base-lr (last.pt, if any, is intact)")
     return loss, told > 0
 
 
@@ -563,7 +563,7 @@ def folder_images(args) -> tuple[Images, Images | None, Images | None]:
         return in_memory(train, {}, args), None, None
     for path, name in (train | val).items():
         if name not in classes:
-            sys.exit(f"{path} is not in one of the {len(classes)} class folders of train/")
+            sys.exit(f"{path}: its folder is not one of the {len(classes)} classes in train/")
     train, val = (in_memory(files, classes, args) for files in (train, val))
     every = max(1, round(len(train.labels) / 128_000))  # a tenth of ImageNet is enough for kNN
     return train, Images(*(x if x is None else x[::every] for x in vars(train).values())), val
@@ -736,7 +736,7 @@ def read_checkpoint(path: str, advice: str) -> dict:
 
 
 def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
-    """Load last.pt, if there is one, and open the log. Returns the first and the last step."""
+    """Load last.pt, if there is one, and cut the log back to it. Returns first and last step."""
     last, path, step = os.path.join(args.out, "last.pt"), Path(args.out, "log.jsonl"), 0
     args.config = json.loads(json.dumps(args.config))  # tuples become lists
     if os.path.exists(last):
@@ -766,7 +766,7 @@ def resume(model: nn.Module, optimizer, total: int, args) -> tuple[int, int]:
 
 
 def summarize(step: int, total: int, args) -> None:
-    """Print the last line of a run: its folder, and the accuracy before and after training."""
+    """Print the last line of a run: folder, step, and the first and last accuracy in the log."""
     if rank() == 0:
         lines = [json.loads(x) for x in Path(args.out, "log.jsonl").read_text().splitlines()]
         found = [(name, x[name]) for x in lines for name in ("knn", "top1") if name in x]

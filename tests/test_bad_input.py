@@ -126,7 +126,7 @@ def test_a_folder_in_which_a_run_is_at_work(classes, tmp_path):
     (os, "fsync", Mock(side_effect=OSError(28, "No space left on device")),  # after all is written
      "cannot write {}/last.pt: [Errno 28] No space left on device; the last checkpoint is intact"),
     (torch.optim.SGD, "step", lambda sgd: sgd.param_groups[0]["params"][0].data.fill_(math.nan),
-     "not finite: lower --base-lr (last.pt was saved before this)"),
+     "not finite: lower --base-lr (last.pt, if any, is intact)"),
     (simsiam, "agree", Mock(side_effect=KeyboardInterrupt),
      "interrupted: rerun the command to continue"),
     (simsiam, "agree", Mock(side_effect=RuntimeError("unable to open shared memory object </x>")),

@@ -61,9 +61,9 @@ def test_any_tree_of_images_is_found_and_converted(tmp_path):
     ("train val/a val/b", [-1], None, "train: fewer than two class folders, using all images"),
     ("train/a train/b", [-1, -1], None, "no train/ and val/, using all images in it"),
     ("a val/a", [-1, -1], None, "no train/ and val/, using all images in it without labels"),
-    ("train/a train/b val/a val/c", 0, 0, "/val/c/00_000.png is not in one of the 2 class folders"),
-    ("train/a train/b val", 0, 0, "/val/00_000.png is not in one of the 2 class folders of train/"),
-    ("train train/a train/b val/a", 0, 0, "/train/00_000.png is not in one of the 2 class")])
+    ("train/a train/b val/a val/c", 0, 0, "/val/c/00_000.png: its folder is not one of the 2 classes"),
+    ("train/a train/b val", 0, 0, "/val/00_000.png: its folder is not one of the 2 classes in train/"),
+    ("train train/a train/b val/a", 0, 0, "/train/00_000.png: its folder is not one of the 2 class")])
 @pytest.mark.parametrize("size", [8, 100])  # in memory, on disk
 def test_labels_come_from_train_and_val(folders, train, val, said, size, tmp_path, capsys):
     for folder in folders.split():
