@@ -117,17 +117,20 @@ END
 }
 
 linear() {
-    expect "5 to 10 points above kNN, in the same order; the untrained network far below."
-    set -- linear --data "$DATA" --recipe cifar --workers 0 --log-every 195 --epochs 10 \
-        --batch-size 256 --crop-min 1
-    on_cpu <<END
-linear/untrained simsiam.py $* --init none --base-lr 3 --arch resnet10 --width 0.25 --no-zero-init-residual --image-size 24
-linear/simsiam simsiam.py $* --init $runs/five/simsiam/last.pt --base-lr 3
-linear/byol byol.py $* --init $runs/five/byol/last.pt --base-lr 3
-linear/moco_v3 moco_v3.py ${*/cifar/cifar-resnet} --init $runs/five/moco_v3/last.pt --base-lr 3
-linear/dcl dcl.py $* --init $runs/five/dcl/last.pt --base-lr 3
-linear/simclr_v2 simclr_v2.py $* --init $runs/five/simclr_v2/last.pt --base-lr 3
+    expect "5 to 10 points above kNN, in the same order; the untrained network far below. The better of" \
+        "two learning rates counts: features differ in scale."
+    set -- --workers 0 --log-every 195 --epochs 10 --batch-size 256 --crop-min 1 --data "$DATA"
+    untrained="--arch resnet10 --width 0.25 --no-zero-init-residual --image-size 24"
+    for lr in 3 0.3; do
+        cat <<END
+linear/untrained-$lr simsiam.py linear $* --recipe cifar --base-lr $lr --init none $untrained
+linear/simsiam-$lr simsiam.py linear $* --recipe cifar --base-lr $lr --init $runs/five/simsiam/last.pt
+linear/byol-$lr byol.py linear $* --recipe cifar --base-lr $lr --init $runs/five/byol/last.pt
+linear/moco_v3-$lr moco_v3.py linear $* --recipe cifar-resnet --base-lr $lr --init $runs/five/moco_v3/last.pt
+linear/dcl-$lr dcl.py linear $* --recipe cifar --base-lr $lr --init $runs/five/dcl/last.pt
+linear/simclr_v2-$lr simclr_v2.py linear $* --recipe cifar --base-lr $lr --init $runs/five/simclr_v2/last.pt
 END
+    done | on_cpu
     report linear --show top1 loss
 }
 
