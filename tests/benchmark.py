@@ -128,10 +128,12 @@ def watch(name: str, flags: list[str], steps: int = WARM_UP + 2):
 def loop(options) -> None:
     """Each script in a process of its own. One iteration in 28 is logged. The goal is ours."""
     for device, name in itertools.product(options.devices, SCRIPTS):
-        multiprocessing.spawn(loop_of, args=(name, options.width, device))
+        multiprocessing.spawn(loop_of, args=(name, options, device))
 
 
-def loop_of(_, name: str, width: float, device: str) -> None:
+def loop_of(_, name: str, options, device: str) -> None:
+    global REPEATS
+    REPEATS, width = options.repeats, options.width
     steps, bare = 6 if QUICK else 31, None  # 31: an epoch of the built-in images
 
     def whole() -> float:
@@ -456,6 +458,7 @@ def sync_bn(options) -> None:
 
 
 def main() -> None:
+    global REPEATS
     parts = {function.__name__: function for function in (
         loop, peer, loader, augmentation, lars_and_ema, precision, share, big, profile, sync_bn)}
     parser = argparse.ArgumentParser(description=__doc__,
@@ -470,7 +473,9 @@ def main() -> None:
     add("--cifar", help="of peer: CIFAR-10 as train/ and val/ with a folder per class")
     add("--methods", nargs="+", choices=PEERS, default=[*PEERS], help="of peer")
     add("--precision", nargs="+", choices=("bf16", "fp32"), help="of our side in peer")
+    add("--repeats", type=int, default=REPEATS, help=f"medians of so many (default: {REPEATS})")
     options = parser.parse_args()
+    REPEATS = options.repeats
     cpu, threads = "CPU", torch.get_num_threads()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         cpu = next(x.split(":")[1].strip() for x in file if x.startswith("model name"))
