@@ -117,11 +117,11 @@ END
 }
 
 linear() {
-    expect "5 to 10 points above kNN, in the same order; the untrained network far below. The better of" \
-        "two learning rates counts: features differ in scale."
+    expect "5 to 10 points above kNN, in the same order; the untrained network far below. The best of" \
+        "three learning rates counts: features differ in scale."
     set -- --workers 0 --log-every 195 --epochs 10 --batch-size 256 --crop-min 1 --data "$DATA"
     untrained="--arch resnet10 --width 0.25 --no-zero-init-residual --image-size 24"
-    for lr in 3 0.3; do
+    for lr in 3 0.3 0.03; do
         cat <<END
 linear/untrained-$lr simsiam.py linear $* --recipe cifar --base-lr $lr --init none $untrained
 linear/simsiam-$lr simsiam.py linear $* --recipe cifar --base-lr $lr --init $runs/five/simsiam/last.pt

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("logs", nargs="+", metavar="LOG", type=Path)
     parser.add_argument("--show", nargs="+", default=[], metavar="QUANTITY")
     args = parser.parse_args()
+    args.show = [name for name in args.show if name not in ("knn", "top1")]  # shown in any case
     rows: dict[str, list[Path]] = {}
     for log in args.logs:
         rows.setdefault(re.sub(r"-seed\d+$", "", str(log.with_suffix(""))), []).append(log)
