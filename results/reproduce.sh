@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The experiments behind results/README.md. From any folder:
+# The experiments behind results/README.md:
 #
-#     DATA=/path/to/cifar10-jpeg bash results/reproduce.sh SECTION [--rehearse | --commands]
+#     DATA=/absolute/path/to/cifar10-jpeg bash results/reproduce.sh SECTION [--rehearse | --commands]
 #
-# DATA is CIFAR-10 as JPEG files: train/ and val/ with a folder per class (default: data/cifar10-jpeg).
+# DATA is CIFAR-10 as JPEG files: train/ and val/ with a folder per class (data/cifar10-jpeg here).
 # A section prints what we expected before the run, trains, and ends with a table and a picture. Each
 # continues where it stopped. Logs go to results/. --rehearse runs a few steps of everything on
 # built-in images into runs/rehearsal; --commands only prints what would run. Sections, with the time
@@ -11,14 +11,14 @@
 #
 #     cpu          everything below that needs no GPU, in this order
 #     rates        15 min   learning rates of the next section
-#     five         45 min   five methods, same network, images and augmentation, 15 epochs
-#     linear       20 min   linear evaluation of these, and of the untrained network
+#     five         55 min   five methods, same network, images and augmentation, 15 epochs
+#     linear       12 min   linear evaluation of these, and of the untrained network
 #     stop-grad     8 min   SimSiam without its stop-gradient
-#     labels       20 min   SimCLR v2: 1 % and 10 % of the labels, from layers 0, 1, 2; distillation
+#     labels       20 min   1 % and 10 % of the labels; SimCLR v2: from layers 0 to 2, distillation
 #     collapse     10 min   BYOL: what prevents collapse
 #     stability     5 min   MoCo v3: frozen and learned patch projection
-#     batch-sizes  60 min   InfoNCE, DCL and DCLW at batch 16 to 256
-#     demo         15 min   the built-in images
+#     batch-sizes  25 min   InfoNCE, DCL and DCLW at batch 32 and 256
+#     demo         25 min   the built-in images
 #     gpu          20 min   the three below
 #     gpu-dcl       8 min   DCL and InfoNCE, ResNet-18, batch 256
 #     gpu-simsiam   7 min   SimSiam, ResNet-18
@@ -39,7 +39,7 @@ fi
 # $results/NAME.jsonl.
 sweep() {
     if [ "$mode" = --commands ]; then
-        sed -E 's|^(\S+) (.*)|python \2 --out runs/\1|'
+        sed -E 's|^([^ ]+) (.*)|python \2 --out runs/\1|'
         return
     fi
     runs=$runs results=$results tiny=$tiny xargs -P "$1" -L 1 bash -c '
@@ -271,9 +271,9 @@ gpu_speed() {
 }
 
 gpu() {
-    gpu_dcl
-    gpu_simsiam
-    gpu_speed
+    for section in gpu-dcl gpu-simsiam gpu-speed; do
+        "${section//-/_}"
+    done
 }
 
 cpu() {
