@@ -51,11 +51,11 @@ def main() -> None:
     names, logs = zip(*map(read, args.runs))
     names = [re.sub(r"-seed\d+$", "", name) for name in names]
     colors = [*dict.fromkeys(names)]
-    prefix = os.path.commonprefix(colors) if len(colors) > 1 else ""
+    prefix = os.path.commonprefix(colors).rpartition("-")[0]
     for name, lines in zip(names, logs):
         for axis, quantity in zip(axes, args.show):
             draw(axis, lines, quantity, color=f"C{colors.index(name)}",
-                 label=name.removeprefix(prefix) or name, alpha=0.8)
+                 label=name.removeprefix(prefix).strip("-"), alpha=0.8)
     for axis, quantity in zip(axes, args.show):
         axis.set_title(quantity)
         axis.set_xlabel("value" if quantity.endswith("histogram") else "epoch")
