@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +73,12 @@ def wrong_in_row(line, cells, root):
         if len(found) != len(expected) or not all(
                 abs(float(x) - y) < 0.0501 for x, y in zip(found, expected)):
             wrong.append(f"{column} is {found}; the logs have {np.round(expected, 1).tolist()}")
+    for column, cell in cells:  # monitors, at the end of a run
+        ends = [x[-1] for x in ([line[column] for line in log[1:] if column in line]
+                                for log in logs) if x]
+        expected = [np.mean(ends), min(ends), max(ends)][:3 if len(ends) > 1 else 1] if ends else []
+        if [f"{x:.2f}" for x in expected] != re.findall(r"-?\d+\.\d\d", cell) and ends:
+            wrong.append(f"{column} is {cell}; the logs have {np.round(expected, 2).tolist()}")
     command = bare(logs[0][0]["command"])
     for quoted in re.findall(r"`([^`]*)`", line):
         words = bare(quoted)
@@ -157,13 +164,14 @@ def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
     assert {"config", "versions", "hardware", "command", "commit"} <= first.keys()
     script, *words = shlex.split(first["command"])
     method = METHODS[script.rsplit("/")[-1]]
-    options, wrong = [[]], []
-    if {"--init", "--teacher"} & {*words} and "--recipe" not in words:
+    options, wrong, loaded = [[]], [], {"--init", "--teacher"} & {*words}
+    given = {"data", "init"} | ({"temperature", "labels"} if "--teacher" in words else set())
+    if loaded and "--recipe" not in words:
         options = [["--recipe", name] for name in method.RECIPES["linear"]]  # the file's: unknown
     for more in options if "recipe" not in first["config"] else ():  # a changed recipe: a new run
         now = {name: [*x] if isinstance(x, tuple) else x
                for name, x in settings(method, words + more).items()
-               if name not in ("data", "init") and not (more and name in method.ENCODER)}
+               if name not in given and not (loaded and name in method.ENCODER)}
         wrong.append([name for name in now if first["config"].get(name, "not there") != now[name]])
     if "recipe" in first["config"]:  # of an older form, whose recipes its commit has
         assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", first["commit"]) and settings(method, words)
@@ -173,18 +181,32 @@ def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
     assert log.name in README + NOTES or str(folder) != "results" and folder.name in README + NOTES
 
 
-def study():
-    """The study's commands as the shell would see them, by run."""
-    text = (ROOT / "results" / "dcl_study.sh").read_text()
-    for name, value in reversed(re.findall(r'^(\w+)="(.*)"$', text, re.M)):
-        text = re.sub(rf"\${name}\b", lambda match, value=value: value, text)
-    text = re.sub(r"\$\{DATA[^}]*\}", "/tmp/data/cifar10-10k", text)
-    found = re.findall(r"^python (?!results).*$", text, re.M)
-    return {command.rsplit("/", 1)[1]: command.removeprefix("python ") for command in found}
+@functools.cache
+def reproduced():
+    """The commands of results/reproduce.sh, by log: {"five/dcl": "dcl.py --recipe cifar ..."}."""
+    if not shutil.which("bash"):
+        return {}
+    found = {}
+    for section in ("cpu", "gpu"):
+        done = subprocess.run(["bash", ROOT / "results" / "reproduce.sh", section, "--commands"],
+                              text=True, capture_output=True, check=True)
+        for command in re.findall(r"^python (\w+\.py .*)$", done.stdout, re.M):
+            found[command.rsplit(" runs/", 1)[1]] = command
+    return found
+
+
+def test_the_logs_are_of_the_commands_that_reproduce_them():
+    logs = {name: ROOT / "results" / f"{name}.jsonl" for name in reproduced()}
+    run = [name for name, log in logs.items() if log.is_file()]
+    assert len(run) >= 60 or not reproduced()
+    for name in run:
+        made, told = (settings(METHODS[script.rsplit("/")[-1]], words) for script, *words in map(
+            shlex.split, (lines(logs[name])[0]["command"], reproduced()[name])))
+        assert made | {"data": told["data"], "init": told["init"]} == told, name
 
 
 def commands():
-    """What README, results/README, docstrings and the study tell to run: {command: where}."""
+    """What README, results/README, docstrings and reproduce.sh tell to run: {command: where}."""
     texts = {"README.md": README, "results/README.md": NOTES,
              **{name: method.__doc__ for name, method in METHODS.items()}}
     scripts, found = "|".join(METHODS).replace(".", r"\."), {}
@@ -192,7 +214,7 @@ def commands():
         for command in re.findall(rf"(?:python|torchrun[^\n]*?) ((?:{scripts})\b[^\n`#|]*)",
                                   re.sub(r"\\\n\s*", " ", text)):
             found.setdefault(command.strip(), place)
-    return found | dict.fromkeys(study().values(), "results/dcl_study.sh")
+    return found | dict.fromkeys(reproduced().values(), "results/reproduce.sh")
 
 
 @pytest.mark.parametrize("command", commands())
@@ -207,7 +229,7 @@ def test_every_command_shown_parses(command):
 def flags():
     """The flags in the tables of each method's section: (script, flags)."""
     names = {module.__doc__.split(":")[0].lower(): name for name, module in METHODS.items()}
-    for section in re.split(r"^## ", NOTES, flags=re.M):
+    for section in re.split(r"^#+ ", NOTES, flags=re.M):
         if script := names.get(section.split("\n")[0].lower()):
             for line, _ in rows(section):
                 for quoted in re.findall(r"`([^`]*)`", line):
