@@ -131,21 +131,6 @@ def test_a_table_that_is_not_true_is_told_with_its_row(true, false, sentence, tm
     assert sentence in "\n".join(wrong_rows(TRUE.replace(true, false, 1), tmp_path))
 
 
-def test_the_study_of_batch_sizes_is_its_logs_mean_and_spread_over_seeds():
-    found = re.findall(r"^\| (InfoNCE|DCL|DCLW) \| (\d+) \| (\S+) ± (\S+) \((\d)\) "
-                       r"\| (\S+) ± (\S+) \| (\S+) ± (\S+) \|$", NOTES, re.M)
-    assert len(found) == 7
-    for loss, batch, knn, knn_std, seeds, *q in found:
-        runs = [lines(log) for log in sorted((ROOT / "results" / "dcl-study").glob(
-            f"{loss.lower()}-{batch}-*.jsonl"))]
-        assert len(runs) == int(seeds) and {run[0]["config"]["seed"] for run in runs} == {0, 1, 2}
-        for name, scale, digits, shown in (("knn", 100, 1, [knn, knn_std]), ("q_mean", 1, 2, q[:2]),
-                                           ("q_cv", 1, 2, q[2:])):
-            values = [[line[name] for line in run if name in line][-1] for run in runs]
-            assert shown == [f"{scale * f(values):.{digits}f}" for f in (np.mean, functools.partial(
-                np.std, ddof=1))], (loss, batch, name)
-
-
 def settings(method, words):
     """What a command runs with. Folders of images and the files of --init need not exist."""
     args = method.parse_args(words)
@@ -184,10 +169,8 @@ def test_every_log_says_how_it_was_made_and_can_be_made_again(log):
 @functools.cache
 def reproduced():
     """The commands of results/reproduce.sh, by log: {"five/dcl": "dcl.py --recipe cifar ..."}."""
-    if not shutil.which("bash"):
-        return {}
     found = {}
-    for section in ("cpu", "gpu"):
+    for section in ("cpu", "gpu") if shutil.which("bash") else ():
         done = subprocess.run(["bash", ROOT / "results" / "reproduce.sh", section, "--commands"],
                               text=True, capture_output=True, check=True)
         for command in re.findall(r"^python (\w+\.py .*)$", done.stdout, re.M):
