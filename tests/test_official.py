@@ -84,8 +84,7 @@ VECTORS = """groups = [{**group, "params": [p for p in group["params"] if (p.ndi
     return torch.optim.SGD(groups,"""
 EMA = """with torch.no_grad():
         update_ema(*getattr(model, "module", model).averaged(), tau)"""
-PASS = "t1 = self.target_projector(self.target_encoder(x1))"
-VIEWS = "self.projector(self.encoder(x1)), self.projector(self.encoder(x2))"
+PASS = "h1, h2 = torch.cat([self.target_encoder(x) for x in views]).chunk(2)"
 M = "margins(z1, z2, temperature, negatives)[0]"
 MUTANTS = {  # name: method, case, function; its text, the mistake; steps, where it must show
     "no stop-gradient": ("simsiam", "constant", "simsiam_loss",
@@ -136,9 +135,7 @@ MUTANTS = {  # name: method, case, function; its text, the mistake; steps, where
         'u, n = [p.grad + (p.ndim < 2) * group["weight_decay"] * p for p in params]',
         3, "adapted, loss, target"),
     "both views in one pass": (
-        "byol", "steps", "BYOL", f"z1, z2 = t1, t2 = {VIEWS}",
-        "z1, z2 = t1, t2 = self.projector(self.encoder(torch.cat([x1, x2]))).chunk(2)",
-        1, "loss, gradients"),
+        "byol", "steps", "BYOL", "if self.one_pass else [x1, x2]", "", 1, "loss, gradients"),
     "warm-up counted in the cosine": (
         "byol", "recipe 300", "warmup_cosine",
         "(epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)",
